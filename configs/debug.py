@@ -1,0 +1,55 @@
+"""The smallest LaRA-VLA that still has every part: a laptop trains it through all three stages.
+
+Paper      arXiv 2602.01166 (LaRA-VLA); the curriculum is the paper's, the sizes are not.
+Model      debug backbone and expert, 64 px frames of 16 tokens, K = 3, float32.
+Hardware   2 CPU cores, minutes.
+Data       the built-in tabletop (`lara data make-tabletop`); any RLDS set of 64 px frames works.
+Expected   every loss falls; held-out action error below that of repeating the previous action.
+Command    lara train --config configs/debug.py --workdir runs/debug --config.data.path=DATA
+
+The parameters start from random numbers, so the learning rates are far above the paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from lara_jax.config import default_config
+from lara_jax.curriculum import PAPER_ORDER, paper_stages
+
+
+def get_config() -> ConfigDict:
+    """Values of the run."""
+    config = default_config()
+    config.seed = 0
+    config.train.steps = 2000
+    config.stages = paper_stages(
+        explicit=20,
+        latent=(10, 10, 10),
+        action=50,
+        suffix_tokens=(128, 128, 64, 32, 32),
+    )
+    config.train.stages = PAPER_ORDER
+
+    config.model.backbone = "debug"
+    config.model.expert = "debug"
+    config.model.action_horizon = 8
+    config.model.compute_dtype = "float32"
+    config.model.remat = "none"
+    config.model.dropout = 0.0
+
+    config.data.batch_size = 16
+    config.data.num_threads = 2
+    config.data.prefix_tokens = 96
+    config.data.resize_px = (64, 64)
+    config.data.min_pixels = 64 * 64
+
+    config.teacher.resize_px = ()
+
+    config.optimizer.base_rate = 1e-3
+    config.optimizer.backbone_rate = 1e-3
+    config.optimizer.expert_rate = 1e-3
+    config.optimizer.final_rate = 1e-5
+    config.optimizer.weight_decay = 1e-4
+
+    config.checkpoint.every_steps = 500
+    config.log.every_steps = 10
+    return config.lock()

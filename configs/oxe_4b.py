@@ -1,0 +1,44 @@
+"""Pretraining a 4B policy on Open X-Embodiment: actions and visual thoughts, no reasoning.
+
+Paper      arXiv 2602.01166 (LaRA-VLA) starts its curriculum from a pretrained policy; data are
+           those of arXiv 2310.08864 (Open X-Embodiment), which carry no reasoning annotations.
+Model      4b backbone from Qwen3-VL-4B-Instruct, DiT-B expert, one view of 256 px (64 tokens).
+Hardware   planned for a TPU v5p-64 or 32 GPUs of 80 GB; fsdp takes all devices.
+Steps      100k in one stage: flow matching + 0.1 visual, everything trains.
+Batch      1024 rows.
+Expected   no published number: the paper does not report this stage by itself. Its result is the
+           start (`--config.init.path`) of bridge_4b or libero_4b. Nobody has trained it here.
+Command    lara train --config configs/oxe_4b.py --workdir DIR --config.data.path=DATA
+           --config.tokenizer.path=TOKENIZER --config.init.path=IMPORTED
+"""
+
+from ml_collections import ConfigDict
+
+from lara_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """Values of the run."""
+    config = default_config()
+    config.train.steps = 100_000
+    config.stages.pretrain = {
+        "reasoning_stage": 0,
+        "visual_weight": 0.1,
+        "action_weight": 1.0,
+        "trains": "full",
+        "suffix_tokens": 32,
+    }
+    config.train.stages = ("pretrain",)
+
+    config.model.backbone = "4b"
+    config.model.expert = "B"
+    config.model.action_horizon = 16
+    config.model.state_dim = 8
+
+    config.data.views = ("image_0",)
+    config.data.batch_size = 1024
+    config.data.prefix_tokens = 192
+    config.data.num_threads = 32
+
+    config.checkpoint.every_steps = 5000
+    return config.lock()

@@ -1,0 +1,35 @@
+"""`lara data VERB ...`: one table of verbs, each the `main` of a module, imported when called."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+VERBS: dict[str, tuple[str, str]] = {
+    "make-tabletop": (
+        "data_pipelines.make_tabletop",
+        "write an RLDS dataset of the built-in tabletop",
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one data verb.
+
+    Args:
+      argv: the verb and its arguments.
+
+    Returns:
+      The verb's exit code.
+    """
+    verbs = "\n".join(f"  {verb:<16}{summary}" for verb, (_, summary) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="lara data",
+        description="Makes and examines datasets.",
+        epilog=f"verbs:\n{verbs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `lara data VERB --help`")
+    arguments = parser.parse_args(argv)
+    module, _ = VERBS[arguments.verb]
+    return int(importlib.import_module(module).main(arguments.arguments))

@@ -1,0 +1,1 @@
+"""RLDS data as TFDS writes it, without TensorFlow: TFRecord files and version directories."""

@@ -1,0 +1,147 @@
+"""A recipe's parts, built in one place: training, evaluation and serving call the same functions.
+
+recipe + tokenizer -> model           recipe + frame size -> image processing, tokens per view
+                   -> prompt builder                      -> shapes of a batch
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from lara_jax import batch
+from lara_jax.config import Recipe
+from lara_jax.curriculum import Stage
+from lara_jax.image_processing import ImageConfig
+from lara_jax.models import action_expert, text_decoder, vision_tower
+from lara_jax.models.action_expert import ActionExpertConfig
+from lara_jax.models.lara_vla import LaraVLAConfig
+from lara_jax.models.text_decoder import TextConfig
+from lara_jax.models.vision_tower import VisionConfig
+from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
+from lara_jax.tokenizers.qwen import Tokenizer, load_tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer at `config.tokenizer.path`, or the small built-in one."""
+    return load_tokenizer(recipe.tokenizer.path or None)
+
+
+def tokenizer_to_text(tokenizer: Tokenizer) -> dict[str, str]:
+    """Its files by name, as a checkpoint holds them (`lara_jax.checkpoint.RunInfo`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / TOKENIZER_FILE
+        tokenizer.save(file)
+        return {TOKENIZER_FILE: file.read_text(encoding="utf-8")}
+
+
+def tokenizer_from_text(files: Mapping[str, str]) -> Tokenizer:
+    """The inverse of `tokenizer_to_text`."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE]))
+
+
+def image_config(recipe: Recipe) -> ImageConfig:
+    """How camera frames become patches."""
+    vision = vision_tower.VARIANTS[recipe.model.backbone]
+    sizes = {name: vision[name] for name in ("patch_size", "merge_size") if name in vision}
+    resize = recipe.data.resize_px
+    return ImageConfig(
+        min_pixels=recipe.data.min_pixels,
+        resize_px=(resize[0], resize[1]) if resize else None,
+        **sizes,
+    )
+
+
+def component_slots(recipe: Recipe) -> dict[str, int]:
+    """Latent slots of each reasoning component."""
+    model = recipe.model
+    if model.slots_per_component:
+        return dict(zip(model.component_order, model.slots_per_component, strict=True))
+    return split_slots(model.latent_slots, model.component_order)
+
+
+def prompt_builder(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    stage: Stage,
+    *,
+    views: int,
+    image_size: tuple[int, int],
+    slots: Mapping[str, int] | None = None,
+) -> PromptBuilder:
+    """What turns instruction and annotation into a stage's token segments.
+
+    Args:
+      recipe: the run's settings.
+      tokenizer: its tokenizer.
+      stage: of the curriculum; when acting, the last one.
+      views: number of cameras.
+      image_size: (height, width) px of a camera's frame.
+      slots: latent slots of each component; None takes the recipe's.
+    """
+    return PromptBuilder(
+        tokenizer=tokenizer,
+        prefix_tokens=recipe.data.prefix_tokens,
+        suffix_tokens=recipe.suffix_tokens(stage),
+        views=views,
+        tokens_per_view=image_config(recipe).tokens_per_view(image_size),
+        reasoning_stage=stage.reasoning_stage,
+        component_order=recipe.model.component_order,
+        slots_per_component=component_slots(recipe) if slots is None else slots,
+        img_next_tokens=recipe.model.img_next_tokens,
+    )
+
+
+def model_config(recipe: Recipe, tokenizer: Tokenizer, *, latent_slots: int) -> LaraVLAConfig:
+    """The networks. Slots have no weights of their own, so stages share one set of parameters.
+
+    Args:
+      recipe: the run's settings.
+      tokenizer: gives the vocabulary's size and the ids of image tokens.
+      latent_slots: K of the stage (`PromptBuilder.latent_slots`).
+    """
+    model = recipe.model
+    text = TextConfig(vocab_size=tokenizer.vocab_size, **text_decoder.VARIANTS[model.backbone])
+    return LaraVLAConfig(
+        vision=VisionConfig(out_width=text.width, **vision_tower.VARIANTS[model.backbone]),
+        text=text,
+        expert=ActionExpertConfig(
+            context_width=text.width,
+            action_dim=model.action_dim,
+            action_horizon=model.action_horizon,
+            state_dim=model.state_dim,
+            attend_padding=model.attend_padding,
+            dropout=model.dropout,
+            **action_expert.VARIANTS[model.expert],
+        ),
+        image_id=tokenizer.image_pad_id,
+        img_next_id=tokenizer.img_next_id,
+        latent_slots=latent_slots,
+        position_mode=model.position_mode,
+        latent_source=model.latent_source,
+        latent_mode=model.latent_mode,
+        img_next_tokens=model.img_next_tokens,
+        dtype=model.compute_dtype,
+        remat=model.remat,
+        attention=model.attention,
+    )
+
+
+def batch_spec(
+    recipe: Recipe, stage: Stage, *, views: int, image_size: Sequence[int]
+) -> batch.Batch:
+    """Shapes of a stage's batches."""
+    height, width = image_size
+    return batch.spec(
+        batch_size=recipe.data.batch_size,
+        views=views,
+        image_size=(height, width),
+        state_dim=recipe.model.state_dim,
+        action_horizon=recipe.model.action_horizon,
+        action_dim=recipe.model.action_dim,
+        prefix_tokens=recipe.data.prefix_tokens,
+        suffix_tokens=recipe.suffix_tokens(stage),
+    )

@@ -1,0 +1,63 @@
+"""The command `lara`: one verb, one function.
+
+Every verb lives in the module that does the work; it is imported only when called, so that
+`lara --help` is quick and a verb needs only its own dependencies.
+
+    lara train --config configs/debug.py --workdir runs/debug
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": ("lara_jax.train", "main", "train a recipe; run again, it resumes"),
+    "eval": ("lara_jax.evals.rollout", "main", "roll a policy out in a simulator, count successes"),
+    "export": ("lara_jax.interop.convert", "export_main", "write a checkpoint for PyTorch"),
+    "import": ("lara_jax.interop.convert", "import_main", "make a checkpoint of PyTorch weights"),
+    "check-golden": ("lara_jax.interop.golden", "main", "compare with numbers of the reference"),
+    "checkpoint": ("lara_jax.checkpoint", "main", "list, verify, delete, compare checkpoints"),
+    "data": ("data_pipelines.cli", "main", "make, inspect and summarise data sets"),
+}
+
+
+def usage() -> str:
+    """What `lara --help` prints."""
+    lines = [f"  {verb:<14}{line}" for verb, (_, _, line) in VERBS.items()]
+    return "\n".join(
+        ["usage: lara VERB [ARGUMENTS...]", "", *lines, "", "`lara VERB --help` tells more."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+      0 when the verb did what it says, 2 on a wrong call or input (one line on standard error),
+      1 when the work failed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"lara: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module, function, _ = VERBS[verb]
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,526 @@
+"""From a recipe file to frozen dataclasses: every number of a run, checked once.
+
+`configs/<recipe>.py` has a `get_config()` that starts from `default_config()`, changes what the run
+needs and locks it. The command line may then change single values, and the result turns ONCE into
+the dataclasses below; nothing after that looks a name up in a dictionary or changes a number.
+
+    configs/debug.py  ->  ConfigDict  ->  --config.train.steps=20  ->  Recipe  ->  checkpoint (JSON)
+
+Defaults live here and nowhere else. Nothing here imports JAX: a recipe is readable anywhere.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lara_jax.curriculum import Stage
+
+MAX_SLOTS = 32
+COMPONENTS = ("SUBTASK", "BBOX", "REASON")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    _check(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        _check(value >= low, f"{name} must be at least {low}, got {value}")
+
+
+def _size(name: str, value: tuple[int, ...]) -> None:
+    _check(
+        value == () or (len(value) == 2 and min(value) > 0),
+        f"{name} must be (height, width) in px or (), got {value}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the networks are; sizes belong to the model files, which know them by name.
+
+    Attributes:
+      backbone: size of the vision-language model: "debug", "2b", "4b" or "8b".
+      expert: size of the action expert: "debug", "B" or "L".
+      latent_slots: K, the thought slots when all reasoning is latent.
+      slots_per_component: slots of each component in `component_order`; () shares K evenly, the
+        first components taking what is left over.
+      component_order: text order of the reasoning components; one left out never appears.
+      latent_mode: "append", the paper's loop: each slot's hidden state feeds the next slot.
+      latent_source: hidden state that feeds back: "pre_norm" or "post_norm" (of the final norm).
+      position_mode: "mrope", or "sequential" for the authors' released checkpoints.
+      img_next_tokens: visual-thought tokens, a square grid.
+      action_horizon: C, actions per chunk.      action_dim: A.      state_dim: J.
+      attend_padding: whether the action expert sees pads, as in the reference.
+      dropout: of the action expert, 0 to 1.
+      compute_dtype: "bfloat16" or "float32"; parameters are float32.
+      remat: what the backward pass recomputes: "none", "full" or "dots".
+      attention: "xla", "cudnn" (GPU) or "tpu_flash".
+    """
+
+    backbone: str = "4b"
+    expert: str = "B"
+    latent_slots: int = 3
+    slots_per_component: tuple[int, ...] = ()
+    component_order: tuple[str, ...] = COMPONENTS
+    latent_mode: str = "append"
+    latent_source: str = "pre_norm"
+    position_mode: str = "mrope"
+    img_next_tokens: int = 16
+    action_horizon: int = 16
+    action_dim: int = 7
+    state_dim: int = 8
+    attend_padding: bool = False
+    dropout: float = 0.2
+    compute_dtype: str = "bfloat16"
+    remat: str = "full"
+    attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        _one_of("backbone", self.backbone, ("debug", "2b", "4b", "8b"))
+        _one_of("expert", self.expert, ("debug", "B", "L"))
+        _one_of("latent_mode", self.latent_mode, ("append",))
+        _one_of("latent_source", self.latent_source, ("pre_norm", "post_norm"))
+        _one_of("position_mode", self.position_mode, ("mrope", "sequential"))
+        _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        _one_of("remat", self.remat, ("none", "full", "dots"))
+        _one_of("attention", self.attention, ("xla", "cudnn", "tpu_flash"))
+        _at_least(
+            1,
+            action_horizon=self.action_horizon,
+            action_dim=self.action_dim,
+            state_dim=self.state_dim,
+        )
+        _check(
+            0 <= self.latent_slots <= MAX_SLOTS,
+            f"latent_slots must be 0 to {MAX_SLOTS}, got {self.latent_slots}",
+        )
+        order = self.component_order
+        _check(
+            bool(order) and len(set(order)) == len(order) and set(order) <= set(COMPONENTS),
+            f"component_order must name some of {COMPONENTS}, each at most once; got {order}",
+        )
+        given = self.slots_per_component
+        _check(
+            not given or (len(given) == len(order) and min(given) >= 0),
+            f"slots_per_component needs {len(order)} numbers >= 0, as component_order; got {given}",
+        )
+        _check(
+            not given or sum(given) == self.latent_slots,
+            f"slots_per_component {given} sums to {sum(given)}, but latent_slots is "
+            f"{self.latent_slots}",
+        )
+        side = round(self.img_next_tokens**0.5)
+        _check(
+            self.img_next_tokens >= 0 and side * side == self.img_next_tokens,
+            f"img_next_tokens must be a square number, got {self.img_next_tokens}",
+        )
+        _check(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Attributes:
+    path: directory with `tokenizer.json`; empty for the small built-in tokenizer.
+    """
+
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how much of it at a time.
+
+    Attributes:
+      path: an RLDS/TFDS version directory.
+      split: trained on.                         eval_split: held out.
+      views: names of the cameras, the primary one first; () takes the dataset's default ones.
+      batch_size: rows of a step over all devices and accumulation steps.
+      prefix_tokens: P, room for chat, view tokens and instruction.
+      suffix_tokens: S, room after the slots where a stage does not set its own.
+      num_threads: reading threads; 0 reads when asked.
+      resize_px: (height, width) that frames are brought to first; () keeps the camera's size.
+      min_pixels: least area of a frame as the vision tower sees it; smaller ones are scaled up.
+    """
+
+    path: str = ""
+    split: str = "train"
+    eval_split: str = "val"
+    views: tuple[str, ...] = ()
+    batch_size: int = 8
+    prefix_tokens: int = 192
+    suffix_tokens: int = 64
+    num_threads: int = 8
+    resize_px: tuple[int, ...] = (224, 224)
+    min_pixels: int = 65_536
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            batch_size=self.batch_size,
+            prefix_tokens=self.prefix_tokens,
+            suffix_tokens=self.suffix_tokens,
+            min_pixels=self.min_pixels,
+        )
+        _at_least(0, num_threads=self.num_threads)
+        _size("resize_px", self.resize_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a learning rate per part of the model and one schedule per stage.
+
+    Attributes:
+      base_rate: the rate that `final_rate` refers to.
+      backbone_rate: vision tower and text decoder.     expert_rate: action expert.
+      final_rate: where the cosine ends for `base_rate`; the parts end at the same proportion.
+      warmup_fraction: part of a stage's steps with a linearly growing rate.
+      b1, b2, epsilon, weight_decay: AdamW's.           clip_norm: of the whole gradient.
+
+    Source: the reference's `trainer` section (arXiv 2602.01166).
+    """
+
+    base_rate: float = 3e-5
+    backbone_rate: float = 1e-5
+    expert_rate: float = 1e-4
+    final_rate: float = 5e-7
+    warmup_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(
+            0.0,
+            backbone_rate=self.backbone_rate,
+            expert_rate=self.expert_rate,
+            weight_decay=self.weight_decay,
+        )
+        _check(
+            0 <= self.final_rate <= self.base_rate and self.base_rate > 0,
+            f"need 0 <= final_rate <= base_rate, got {self.final_rate} and {self.base_rate}",
+        )
+        _check(
+            0 <= self.warmup_fraction <= 1,
+            f"warmup_fraction must be 0 to 1, got {self.warmup_fraction}",
+        )
+        _check(
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
+            f"b1 and b2 must be in [0, 1), got {self.b1} and {self.b2}",
+        )
+        _check(self.epsilon > 0, f"epsilon must be positive, got {self.epsilon}")
+        _check(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one may be -1, the rest (see `lara_jax.sharding`)."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The moving average of the vision tower that sets the target of visual thoughts.
+
+    Attributes:
+      enabled: without it no stage may weigh the visual loss.
+      momentum: of the moving average, in float32.
+      every_steps: the teacher moves every so many steps.
+      resize_px: (height, width) that its frames are brought to first, which blurs them; () treats
+        them as any other frame.
+    """
+
+    enabled: bool = True
+    momentum: float = 0.999
+    every_steps: int = 2
+    resize_px: tuple[int, ...] = (112, 112)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.momentum <= 1, f"momentum must be 0 to 1, got {self.momentum}")
+        _at_least(1, every_steps=self.every_steps)
+        _size("resize_px", self.resize_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Attributes:
+    steps: optimizer steps of the whole run.
+    accumulate_steps: pieces a batch is cut into, one after the other, to save memory.
+    stages: names of the stages, in order.
+    """
+
+    steps: int = 1000
+    accumulate_steps: int = 1
+    stages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least(1, steps=self.steps, accumulate_steps=self.accumulate_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Attributes:
+    every_steps: steps between checkpoints; the last step always has one.
+    keep: newest checkpoints kept.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(1, every_steps=self.every_steps, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Attributes:
+    every_steps: steps between rows of metrics.
+    """
+
+    every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least(1, every_steps=self.every_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Attributes:
+    path: a run's directory whose newest parameters a new run starts from; empty for random ones.
+    """
+
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that makes a run what it is."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    seed: int = 42
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, f"seed must be 0 to 2**32 - 1, got {self.seed}")
+        _check(bool(self.stages), "the recipe has no stage: name at least one in train.stages")
+        _check(
+            self.data.batch_size % self.train.accumulate_steps == 0,
+            f"data.batch_size {self.data.batch_size} is not a multiple of "
+            f"train.accumulate_steps {self.train.accumulate_steps}",
+        )
+        for stage in self.stages:
+            if not stage.visual_weight:
+                continue
+            where = f"stages.{stage.name}.visual_weight is {stage.visual_weight}, but"
+            _check(self.teacher.enabled, f"{where} teacher.enabled is False: set one of them")
+            _check(self.model.img_next_tokens > 0, f"{where} model.img_next_tokens is 0")
+
+    def suffix_tokens(self, stage: Stage) -> int:
+        """S of a stage."""
+        return stage.suffix_tokens or self.data.suffix_tokens
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults, unlocked, and no stages: where every recipe starts."""
+    config = ConfigDict({"seed": 42, "stages": {}})
+    for entry in dataclasses.fields(Recipe):
+        if dataclasses.is_dataclass(entry.type):
+            config[entry.name] = ConfigDict(dataclasses.asdict(entry.type()))  # type: ignore[operator]
+    return config
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies the command line's changes.
+
+    Args:
+      path: a Python file with `get_config() -> ConfigDict`.
+      overrides: "section.key=value" each; tuples as "(1, 2)" or "a,b".
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: an unknown key (with the nearest known one), a value of the wrong type or range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    spec = importlib.util.spec_from_file_location(f"lara_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config()")
+    values = module.get_config().to_dict()
+    stage_defaults = {
+        entry.name: entry.default
+        for entry in dataclasses.fields(Stage)
+        if entry.default is not dataclasses.MISSING
+    }
+    values["stages"] = {name: stage_defaults | stage for name, stage in values["stages"].items()}
+    for override in overrides:
+        _override(values, override)
+    return recipe_from_dict({"name": path.stem, **values})
+
+
+def split_overrides(arguments: Sequence[str]) -> list[str]:
+    """["--config.train.steps=3"] -> ["train.steps=3"].
+
+    Raises:
+      ValueError: any other argument.
+    """
+    unknown = [item for item in arguments if not item.startswith("--config.")]
+    _check(not unknown, f"unknown arguments: {' '.join(unknown)}")
+    return [item.removeprefix("--config.") for item in arguments]
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, ready for JSON; `recipe_from_dict` is the inverse."""
+    values = dataclasses.asdict(recipe)
+    values["train"]["stages"] = [stage.name for stage in recipe.stages]
+    values["stages"] = {stage.pop("name"): stage for stage in values["stages"]}
+    return json.loads(json.dumps(values))
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Builds and checks the dataclasses; a key that is left out takes its default.
+
+    Raises:
+      ValueError: an unknown key, a value of the wrong type, or one that a check refuses.
+    """
+    values = dict(values)
+    listed = values.pop("stages", {})
+    names = tuple(values.get("train", {}).get("stages", ()))
+    missing = [name for name in names if name not in listed]
+    _check(not missing, f"train.stages names {missing}; config.stages has {sorted(listed)}")
+    stages = tuple(_build(Stage, {"name": n, **listed[n]}, f"config.stages.{n}") for n in names)
+    return _build(Recipe, values | {"stages": stages}, "config")
+
+
+def recipe_changes(old: Recipe, new: Recipe) -> list[str]:
+    """What differs, as lines like "train.steps: 100 -> 200"."""
+    before, after = _dotted(recipe_to_dict(old)), _dotted(recipe_to_dict(new))
+    keys = sorted(before.keys() | after.keys())
+    changed = [key for key in keys if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass from plain values, recursively."""
+    hints = typing.get_type_hints(kind)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ValueError(
+            f"unknown key {where}.{unknown[0]}{_nearest(unknown[0], hints, f'{where}.')}"
+        )
+    built = {
+        key: _build(hints[key], value, f"{where}.{key}")
+        if dataclasses.is_dataclass(hints[key])
+        else _convert(value, hints[key], f"{where}.{key}")
+        for key, value in values.items()
+    }
+    try:
+        return kind(**built)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks a plain value against its annotation; lists become tuples, whole numbers floats."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a tuple, got {value!r}")
+        kinds = typing.get_args(hint)
+        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} values, got {value!r}")
+        return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        wanted = getattr(hint, "__name__", hint)
+        if not dataclasses.is_dataclass(hint):
+            raise ValueError(f"{where} must be {wanted}, got {value!r}")
+    return value
+
+
+def _nearest(key: str, known: Iterable[str], prefix: str) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 10, ...} of nested values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one value in place, read as the type of the value it replaces."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"--config.{override}: write --config.key=value")
+    known = _dotted(values)
+    if key not in known:
+        raise ValueError(f"unknown key config.{key}{_nearest(key, known, 'config.')}")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values[section]
+    values[last] = _parse(text, type(known[key]), f"--config.{key}")
+
+
+def _parse(text: str, kind: type, where: str) -> Any:
+    """A command-line value of the wanted type."""
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    if kind is tuple and not text.startswith("("):
+        return tuple(_literal(part.strip()) for part in text.split(",") if part.strip())
+    value = _literal(text)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be {kind.__name__}, got {text!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

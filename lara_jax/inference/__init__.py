@@ -1,0 +1,1 @@
+"""Acting with a trained model: observations in, physical action chunks out."""

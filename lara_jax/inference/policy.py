@@ -1,0 +1,176 @@
+"""From observations to physical action chunks, with the transforms and statistics of training.
+
+    frames, state, instruction --normalise, tokenise--> prefix | K slots | suffix --think--> hidden
+    states
+                                                                         --4 Euler steps-->
+                                                                         normalised chunk
+                                                                         --un-normalise--> metres,
+                                                                         radians, gripper
+
+The prompt is the one of the last stage of the curriculum, without annotations: nothing is
+  generated, so the call is one
+compiled function. Stage letters: E observations of a call, V views, C action chunk, A action, J
+state.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.datasets import spec_named
+from data_pipelines.stats import DatasetStatistics, normalizers
+from lara_jax import assemble
+from lara_jax.batch import Batch
+from lara_jax.checkpoint import RunInfo, load_info, load_params
+from lara_jax.image_processing import ImageConfig
+from lara_jax.models.lara_vla import LaraVLA
+from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
+from lara_jax.train_step import model_inputs
+from lara_jax.transforms import pad_state
+
+Observation = Mapping[str, Any]
+
+
+class Policy:
+    """A trained model that acts.
+
+    Args:
+      info: recipe, statistics and tokenizer of a checkpoint.
+      params: float32 tree of the model's parameters.
+      latent_slots: K to act with; None takes the trained one.
+      seed: of the flow's noise; call n of a policy draws from (seed, n).
+
+    Raises:
+      ValueError: the last stage of the curriculum speaks its reasoning (it would have to be
+        generated), or K is out of range.
+    """
+
+    def __init__(
+        self, info: RunInfo, params: Any, *, latent_slots: int | None = None, seed: int = 0
+    ) -> None:
+        recipe = info.recipe
+        self._recipe = recipe
+        self._stage = recipe.stages[-1]
+        if self._stage.reasoning_stage in (1, 2, 3):
+            raise ValueError(
+                f"stage {self._stage.name!r} has explicit reasoning text, which a policy does not "
+                f"write; "
+                "train a last stage with reasoning_stage 0 or 4"
+            )
+        self._tokenizer = assemble.tokenizer_from_text(info.tokenizer)
+        self._slots = assemble.component_slots(recipe)
+        if latent_slots is not None:
+            self._slots = split_slots(latent_slots, recipe.model.component_order)
+        statistics = DatasetStatistics.from_dict(info.statistics)
+        spec = spec_named(statistics.dataset)
+        self._action, self._state = normalizers(spec, statistics)
+        self.views = recipe.data.views or spec.default_views
+        self._images = assemble.image_config(recipe)
+        self._params = jax.device_put(params)
+        self._key, self._calls = jax.random.key(seed), 0
+        self._prompts: dict[tuple[int, int], PromptBuilder] = {}
+
+    @classmethod
+    def from_workdir(
+        cls, workdir: str | Path, *, step: int | None = None, latent_slots: int | None = None
+    ) -> "Policy":
+        """The policy of a run's checkpoint, the newest unless `step` is given."""
+        return cls(load_info(workdir, step), load_params(workdir, step), latent_slots=latent_slots)
+
+    @property
+    def latent_slots(self) -> int:
+        """K in use."""
+        return sum(self._slots.values()) if self._stage.reasoning_stage else 0
+
+    def __call__(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Acts on several observations at once; compiles anew when their number changes.
+
+        Args:
+          observations: each with a uint8[H, W, 3] frame under every name of `views`, `state`
+            float[J] in the data's units, and `instruction`.
+
+        Returns:
+          float32[E, C, A], un-normalised: metres, radians, gripper 1 = open.
+
+        Raises:
+          ValueError: a view is missing, or a frame or state has the wrong shape or type, or is not
+            finite.
+        """
+        batch = self._batch(observations)
+        key = jax.random.fold_in(self._key, self._calls)
+        self._calls += 1
+        model = LaraVLA(
+            assemble.model_config(self._recipe, self._tokenizer, latent_slots=self.latent_slots)
+        )
+        chunks = _act(model, self._images, self._params, batch, key)
+        return self._action.unnormalize(np.asarray(chunks))
+
+    def _batch(self, observations: Sequence[Observation]) -> Batch:
+        model = self._recipe.model
+        frames = np.stack([self._frames(o) for o in observations])
+        rows = len(observations)
+        prompt = self._prompt(frames.shape[2:4])
+        text = [prompt(str(o["instruction"]), None) for o in observations]
+        states = [self._state.normalize(self._checked_state(o)) for o in observations]
+        return Batch(
+            images=frames,
+            view_mask=np.ones(frames.shape[:2], bool),
+            next_images=frames,
+            next_mask=np.zeros(frames.shape[:2], bool),
+            state=np.stack([pad_state(s, model.state_dim) for s in states]),
+            actions=np.zeros((rows, model.action_horizon, model.action_dim), np.float32),
+            action_mask=np.zeros((rows, model.action_horizon), bool),
+            sample_id=np.arange(rows, dtype=np.int32),
+            **{name: np.stack([t[name] for t in text]) for name in text[0]},
+        )
+
+    def _frames(self, observation: Observation) -> np.ndarray:
+        """uint8[V, H, W, 3]."""
+        missing = [view for view in self.views if view not in observation]
+        if missing:
+            raise ValueError(
+                f"the observation lacks the views {missing}; the policy reads {list(self.views)}"
+            )
+        frames = [np.asarray(observation[view]) for view in self.views]
+        for view, frame in zip(self.views, frames, strict=True):
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+                raise ValueError(
+                    f"view {view!r} must be uint8[H, W, 3], got {frame.dtype}{list(frame.shape)}"
+                )
+        return np.stack(frames)
+
+    def _checked_state(self, observation: Observation) -> np.ndarray:
+        state = np.asarray(observation["state"], np.float32)
+        width = len(self._state.modes)
+        if state.shape != (width,) or not np.isfinite(state).all():
+            raise ValueError(f"state must be {width} finite numbers, got {state.tolist()}")
+        return state
+
+    def _prompt(self, image_size: tuple[int, ...]) -> PromptBuilder:
+        height, width = image_size
+        if (height, width) not in self._prompts:
+            self._prompts[height, width] = assemble.prompt_builder(
+                self._recipe,
+                self._tokenizer,
+                self._stage,
+                views=len(self.views),
+                image_size=(height, width),
+                slots=self._slots,
+            )
+        return self._prompts[height, width]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _act(
+    model: LaraVLA, images: ImageConfig, params: Any, batch: Batch, key: jax.Array
+) -> jax.Array:
+    """Normalised chunks float32[E, C, A] in one compiled call, from frames to actions."""
+    variables = {"params": params}
+    thoughts = model.apply(variables, *model_inputs(batch, images))
+    noise = jax.random.normal(key, jnp.shape(batch.actions))
+    return model.apply(variables, thoughts, batch.state, noise, method="act")

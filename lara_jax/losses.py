@@ -1,0 +1,83 @@
+"""The three losses, each as a sum and the number it is to be divided by, so that micro-batches add
+up exactly.
+
+    token   cross-entropy of what stands after the slots            -log p(suffix_i | before)
+    visual  mean |imagined - teacher| over rows with a next frame   L1 in feature space
+    action  mean (v_hat - v)^2 over valid steps of the chunk        flow matching, v = a - e
+
+Letters: B batch, S suffix, V vocabulary, Q <img_next> tokens, D width, R noise draws, C chunk, A
+  action.
+All in float32. Source: arXiv 2602.01166, training objectives.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lara_jax.batch import Batch
+
+
+@flax.struct.dataclass
+class Sum:
+    """A sum of losses and what to divide it by."""
+
+    total: jax.Array
+    count: jax.Array
+
+    def mean(self) -> jax.Array:
+        """total / count, and 0 where nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1)
+
+
+def token_loss(logits: jax.Array, ids: jax.Array, mask: jax.Array) -> Sum:
+    """Cross-entropy summed over marked tokens.
+
+    Args:
+      logits: float32[B, S, V]; logits[:, i] predicts ids[:, i].
+      ids: int32[B, S].
+      mask: bool[B, S], True where a token counts.
+    """
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    return Sum(jnp.where(mask, each, 0).sum(), mask.sum())
+
+
+def visual_loss(imagined: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
+    """Absolute error summed over rows that have a next frame; counts numbers, not rows.
+
+    Args:
+      imagined: float[B, Q, D], hidden states at <img_next>.
+      target: float[B, Q, D], the teacher's pooled features of the next frame.
+      mask: bool[B].
+    """
+    error = jnp.abs(imagined.astype(jnp.float32) - target.astype(jnp.float32))
+    numbers = imagined.shape[1] * imagined.shape[2]
+    return Sum(jnp.where(mask[:, None, None], error, 0).sum(), mask.sum() * numbers)
+
+
+def action_loss(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
+    """Squared error summed over valid steps of the chunk and all noise draws.
+
+    Args:
+      velocity: float32[B, R, C, A].
+      target: float32[B, R, C, A].
+      mask: bool[B, C].
+    """
+    error = jnp.square(velocity - target)
+    numbers = velocity.shape[1] * velocity.shape[3]
+    return Sum(jnp.where(mask[:, None, :, None], error, 0).sum(), mask.sum() * numbers)
+
+
+def counts(batch: Batch, *, visual_numbers: int, action_numbers: int) -> dict[str, jax.Array]:
+    """What the three losses of a whole batch are divided by, known before any forward pass.
+
+    Args:
+      batch: the batch, of any number of rows.
+      visual_numbers: Q * D, numbers in one imagined frame.
+      action_numbers: R * A, numbers at one step of the chunk.
+    """
+    return {
+        "token": batch.loss_mask.sum(),
+        "visual": batch.next_mask[:, 0].sum() * visual_numbers,
+        "action": batch.action_mask.sum() * action_numbers,
+    }

@@ -1,0 +1,98 @@
+"""The one attention function: grouped queries, boolean masks, softmax in float32, several
+implementations.
+
+Axis letters: B batch, T query, S key, N heads, K kv heads, G = N/K, H head dim.
+
+`xla` runs everywhere and is the reference. `cudnn` is the fused flash kernel on NVIDIA GPUs and
+`tpu_flash` the Pallas kernel on TPUs; what these give at a pad is undefined.
+
+With `xla` a query that may attend to nothing (a pad) averages uniformly over all keys: its scores
+are all the same finite minimum. That is what the PyTorch reference computes at pads, and its action
+expert reads those rows.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Scaled dot-product attention.
+
+    Args:
+      query: float[B, T, N, H].
+      key: float[B, S, K, H]; N is a multiple of K, query head n reads kv head n // (N/K).
+      value: float[B, S, K, H].
+      mask: bool[B, T, S], True = may attend; None = attend to everything.
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      float[B, T, N, H] in the query's dtype.
+
+    Raises:
+      ValueError: unknown implementation, or N is not a multiple of K.
+    """
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r}; choose one of {tuple(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[implementation](query, key, value, mask)
+
+
+def additive(mask: jax.Array) -> jax.Array:
+    """float32 0 where `mask` allows, the smallest finite float where not; same shape."""
+    return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / math.sqrt(H))
+    if mask is not None:
+        scores = scores + additive(mask)[:, None, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    mask = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def _tpu_flash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    B, T, N, H = q.shape
+    S, groups = k.shape[1], N // k.shape[2]
+    allowed = jnp.ones((B, T, S), bool) if mask is None else mask
+    # The kernel wants lengths that are multiples of its 128-wide blocks; padded keys are masked.
+    pad_t, pad_s = -T % 128, -S % 128
+    bias = jnp.pad(allowed, ((0, 0), (0, pad_t), (0, pad_s)))[:, None]
+    bias = jnp.broadcast_to(additive(bias), (B, N, T + pad_t, S + pad_s))
+    q = jnp.pad(q, ((0, 0), (0, pad_t), (0, 0), (0, 0))).swapaxes(1, 2)
+    k, v = (
+        jnp.repeat(jnp.pad(x, ((0, 0), (0, pad_s), (0, 0), (0, 0))), groups, axis=2).swapaxes(1, 2)
+        for x in (k, v)
+    )
+    sizes = BlockSizes.get_default(B, N, T + pad_t, S + pad_s, H)
+    out = flash_attention(q, k, v, ab=bias, sm_scale=1.0 / math.sqrt(H), block_sizes=sizes)
+    return out.swapaxes(1, 2)[:, :T]
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"xla": _xla, "cudnn": _cudnn, "tpu_flash": _tpu_flash}

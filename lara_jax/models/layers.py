@@ -1,0 +1,107 @@
+"""Building blocks shared by the three networks: dense layers and norms whose parameters carry named
+axes.
+
+Every parameter is created with logical axis names (`nn.with_logical_partitioning`);
+`lara_jax.sharding` is the one place that maps those names to mesh axes. Parameters are float32;
+`dtype` is what a layer computes in. Norms always compute in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Names = tuple[str | None, ...]
+
+KERNEL_INIT = nn.initializers.lecun_normal()
+EMBEDDING_INIT = nn.initializers.normal(0.02)
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def dense(
+    features: int | Sequence[int],
+    names: Names,
+    *,
+    inputs: int = 1,
+    use_bias: bool = False,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.DenseGeneral:
+    """A dense layer over the last `inputs` axes whose kernel axes are called `names`.
+
+    Args:
+      features: output axes.
+      names: one logical name per kernel axis, inputs first; the bias takes those of the outputs.
+      inputs: how many trailing input axes are contracted.
+      use_bias: whether to add a bias.
+      dtype: compute dtype; parameters stay float32.
+      name: the module's name inside a compact parent.
+    """
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-inputs, 0)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(KERNEL_INIT, names),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), names[inputs:]),
+        name=name,
+    )
+
+
+def rms_norm(axis: str, *, epsilon: float, dtype: Any, name: str | None = None) -> nn.RMSNorm:
+    """RMSNorm over the last axis, whose logical name is `axis`; statistics in float32."""
+    scale = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
+    return nn.RMSNorm(epsilon=epsilon, dtype=dtype, scale_init=scale, name=name)
+
+
+def layer_norm(
+    axis: str | None, *, epsilon: float, dtype: Any, name: str | None = None
+) -> nn.LayerNorm:
+    """LayerNorm over the last axis, statistics in float32; `axis=None`: no scale and bias."""
+    affine = axis is not None
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        use_fast_variance=False,
+        use_scale=affine,
+        use_bias=affine,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (axis,)),
+        name=name,
+    )
+
+
+def remat(target: Any, policy: str) -> Any:
+    """`target` (a module class or a lifted function) that recomputes its inside in the backward
+    pass.
+
+    Raises:
+      ValueError: `policy` is not one of `REMAT_POLICIES`.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(
+            f"remat policy {policy!r} is unknown; choose one of {sorted(REMAT_POLICIES)}"
+        )
+    if policy == "none":
+        return target
+    return nn.remat(target, prevent_cse=False, policy=REMAT_POLICIES[policy])
+
+
+def stack(target: Any, length: int, in_axes: Any, *, out_axes: Any = 0) -> Any:
+    """`nn.scan` of a layer class, parameters stacked on a leading `layers` axis."""
+    return nn.scan(
+        target,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        out_axes=out_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,219 @@
+"""Who holds which part of an array: the only file that knows the mesh's axes.
+
+A mesh has three axes. Rows of a batch are split over `data` and `fsdp`. Parameters and optimizer
+state are split over `fsdp` (each device keeps a piece and gathers a layer when it runs it) and,
+inside a layer, over `tensor`. Models never name these: they give every dimension a LOGICAL name,
+and `RULES` says where it lives, so a new layout is one line here.
+
+    on a (data=2, fsdp=4, tensor=1) mesh
+    activation  "batch", "length", "embed"  ->  rows split 8 ways, the rest whole
+    parameter   "embed", "mlp"              ->  embed split 4 ways
+
+Three rules turn names into a `PartitionSpec`:
+
+1. an unknown name raises (Flax would replicate a misspelt one in silence);
+2. a mesh axis serves one dimension only, the first that asks (rows of activations take `fsdp`, so
+   their `embed` stays whole);
+3. an axis that does not divide the dimension is dropped, because XLA needs even shards (8 kv heads
+   on a 16-way `tensor`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "slots": (),
+    "action": (),
+    "state": (),
+    # text decoder
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "layers": (),
+    # vision tower
+    "vision_embed": ("fsdp",),
+    "vision_heads": ("tensor",),
+    "vision_mlp": ("tensor",),
+    "patch": (),
+    "positions": (),
+    # action expert
+    "expert_embed": ("fsdp",),
+    "expert_heads": ("tensor",),
+    "expert_mlp": ("tensor",),
+}
+
+Names = Sequence[str | None]
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Lays the devices out as (data, fsdp, tensor).
+
+    Args:
+      data: copies of the parameters. At most one of the three numbers is -1: whatever is left.
+      fsdp: pieces that parameters, optimizer state and rows are split into.
+      tensor: pieces that heads, mlp and vocabulary are split into.
+      devices: the devices; all of them when None.
+
+    Returns:
+      A mesh with axes ("data", "fsdp", "tensor"), to be entered with `jax.set_mesh`.
+
+    Raises:
+      ValueError: when the product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    wrong = {name: size for name, size in shape.items() if size < 1 and size != -1}
+    rest = [name for name, size in shape.items() if size == -1]
+    if wrong or len(rest) > 1:
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1, got {shape}")
+    known = int(np.prod([size for size in shape.values() if size != -1]))
+    if rest and len(devices) % known == 0:
+        shape[rest[0]] = len(devices) // known
+    if int(np.prod(list(shape.values()))) != len(devices):
+        wanted = " x ".join(f"{name}={size}" for name, size in shape.items())
+        raise ValueError(f"mesh {wanted} does not match {len(devices)} devices")
+    return jax.make_mesh(
+        tuple(shape.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def partition_spec(axis_sizes: dict[str, int], names: Names, shape: Sequence[int]) -> PartitionSpec:
+    """Where the dimensions of one array live.
+
+    Args:
+      axis_sizes: devices along each mesh axis.
+      names: one logical name (or None: whole) for each dimension.
+      shape: the array's shape.
+
+    Returns:
+      The spec after the three rules above; `partition_spec({"data": 1, "fsdp": 4, "tensor": 2},
+      ("embed", "mlp"), (64, 256))` is `PartitionSpec("fsdp", "tensor")`.
+
+    Raises:
+      ValueError: for an unknown name, or when there is not one name per dimension.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{len(names)} axis names {tuple(names)} for an array of shape {shape}")
+    free = dict(axis_sizes)
+    entries: list[Any] = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(sorted(RULES))}")
+        taken: list[str] = []
+        shards = 1
+        for axis in RULES[name] if name is not None else ():
+            devices = free.pop(axis, None)
+            if devices is not None and size % (shards * devices) == 0:
+                shards *= devices
+                taken.append(axis)
+        entries.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tells the compiler where an activation lives; does nothing outside `jax.set_mesh`.
+
+    Args:
+      x: any array.
+      names: one logical name (or None) for each dimension; checked also where there is no mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = partition_spec(dict(mesh.shape), names, x.shape)
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)
+
+
+def named_sharding(mesh: Mesh, names: Names, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of one array with these logical names and this shape."""
+    return NamedSharding(mesh, partition_spec(dict(mesh.shape), names, shape))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_tree(mesh: Mesh, names: Any, tree: Any) -> Any:
+    """Shardings of a tree of arrays.
+
+    Args:
+      mesh: the devices.
+      names: the same tree, each array replaced by a tuple (or `PartitionSpec`) of logical names.
+      tree: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: for an unknown name or a wrong number of names, with the leaf's path.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    shardings = []
+    for (path, leaf), leaf_names in zip(leaves, treedef.flatten_up_to(names), strict=True):
+        try:
+            shardings.append(named_sharding(mesh, tuple(leaf_names), leaf.shape))
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from error
+    return treedef.unflatten(shardings)
+
+
+def shard_like(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:
+    """Shardings of a tree that repeats parts of the parameters (the optimizer's moments).
+
+    A leaf whose path ENDS with the path of a parameter of the same shape lives where that
+    parameter lives; all else (counters, keys) is replicated.
+    """
+
+    def parts(path: Any) -> tuple[str, ...]:
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    where = {
+        (parts(path), leaf.shape): sharding
+        for (path, leaf), sharding in zip(flat, jax.tree.leaves(param_shardings), strict=True)
+    }
+
+    def find(path: Any, leaf: Any) -> NamedSharding:
+        names = parts(path)
+        tails = (where.get((names[start:], leaf.shape)) for start in range(len(names)))
+        return next((sharding for sharding in tails if sharding is not None), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def batch_sharding(mesh: Mesh, tree: Any, pieces: int = 1) -> Any:
+    """Shardings of a batch: the leading dimension of every leaf is rows.
+
+    Args:
+      mesh: the devices.
+      tree: the batch's shapes.
+      pieces: micro-batches it is cut into; each has to split evenly, too.
+
+    Raises:
+      ValueError: when the rows cannot be split evenly.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def rows(leaf: Any) -> NamedSharding:
+        if leaf.shape[0] % (pieces * shards):
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows does not split into {pieces} pieces over "
+                f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {shards} devices"
+            )
+        return named_sharding(mesh, ("batch", *[None] * (len(leaf.shape) - 1)), leaf.shape)
+
+    return jax.tree.map(rows, tree)

@@ -1,0 +1,277 @@
+"""`lara train`: recipe -> data -> shapes -> shardings -> state -> loop.
+
+    lara train --config configs/debug.py --workdir runs/debug --config.train.steps=200
+
+Run the same command again and it resumes by itself: the newest complete checkpoint of the work
+directory holds everything, and batch n is a function of (seed, n). Where a run starts, in order:
+
+1. its own newest checkpoint;
+2. the parameters at `config.init.path`: an earlier run, or imported weights;
+3. random parameters.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from data_pipelines.episodes import EpisodeTable, StepSource, load_episodes
+from data_pipelines.loader import Loader
+from data_pipelines.stats import DatasetStatistics, dataset_statistics, normalizers
+from lara_jax import assemble, sharding
+from lara_jax.batch import Batch
+from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, restore_params
+from lara_jax.config import Recipe, load_recipe, recipe_changes, split_overrides
+from lara_jax.curriculum import Stage, spans
+from lara_jax.metrics import MetricsWriter, check_finite
+from lara_jax.models.lara_vla import LaraVLA
+from lara_jax.optimizer import learning_rates, make_optimizer
+from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
+
+
+def main(argv: Sequence[str]) -> int:
+    """`lara train --config FILE --workdir DIR [--config.section.key=value ...]`."""
+    parser = argparse.ArgumentParser(prog="lara train", allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+    args, rest = parser.parse_known_args(argv)
+    train(load_recipe(args.config, split_overrides(rest)), Path(args.workdir))
+    return 0
+
+
+def train(recipe: Recipe, workdir: Path) -> TrainState:
+    """Trains until `train.steps`, or until SIGTERM asks to stop.
+
+    Args:
+      recipe: the run's settings.
+      workdir: its directory.
+
+    Returns:
+      The last state, which is also the newest checkpoint.
+
+    Raises:
+      ValueError: the recipe does not fit the data or the devices.
+      FloatingPointError: a metric is not finite.
+    """
+    mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    optimizer = make_optimizer(recipe)
+    with contextlib.closing(CheckpointStore(workdir, keep=recipe.checkpoint.keep)) as store:
+        info, table = open_data(recipe, workdir, store)
+        lessons = make_lessons(recipe, info, table)
+
+        init = partial(init_state, lessons[0].model, optimizer, teacher=recipe.teacher.enabled)
+        shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
+        axes = logical_axes(lessons[0].model)
+        shardings = state_shardings(mesh, shapes, axes)
+
+        with jax.set_mesh(mesh):
+            state = first_state(recipe, store, init, shapes, shardings)
+            return loop(recipe, workdir, lessons, optimizer, mesh, shardings, state, store, info)
+
+
+def loop(
+    recipe: Recipe,
+    workdir: Path,
+    lessons: Sequence["Lesson"],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+    state: TrainState,
+    store: CheckpointStore,
+    info: RunInfo,
+) -> TrainState:
+    """Runs the steps that are left, stage by stage; see `train`."""
+    step, total = int(state.step), recipe.train.steps
+    log = Log(recipe, workdir, step)
+    with contextlib.closing(log), _sigterm() as asked_to_stop:
+        for lesson in lessons:
+            if step >= lesson.end:
+                continue
+            rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
+            train_step = jax.jit(
+                make_train_step(lesson.model, optimizer, lesson.stage, recipe),
+                in_shardings=(shardings, rows),
+                out_shardings=(shardings, sharding.replicated(mesh)),
+                donate_argnums=0,
+            )
+            for batch in islice(lesson.loader.iterate(step), lesson.end - step):
+                state, metrics = train_step(state, jax.device_put(batch, rows))
+                step += 1
+                last = step == total or asked_to_stop()
+                save = last or step % recipe.checkpoint.every_steps == 0
+                log.advance(recipe.data.batch_size)
+                if save or step % recipe.log.every_steps == 0:
+                    log.write(step, lesson.stage, metrics, batch)
+                if save:
+                    store.save(step, state, dataclasses.replace(info, position=step))
+                if last:
+                    return state
+    return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """A stage of the curriculum and what it needs, for steps `start` to `end` - 1 of the run."""
+
+    stage: Stage
+    start: int
+    end: int
+    model: LaraVLA
+    loader: Loader
+    spec: Batch
+
+
+def open_data(
+    recipe: Recipe, workdir: Path, store: CheckpointStore
+) -> tuple[RunInfo, EpisodeTable]:
+    """The episodes, and what checkpoints hold about them.
+
+    A run that resumes keeps the statistics and the tokenizer it started with: they are part of
+    the model.
+    """
+    if not recipe.data.path:
+        raise ValueError("config.data.path is empty: give --config.data.path=DIRECTORY")
+    table = load_episodes(recipe.data.path, recipe.data.split, views=recipe.data.views)
+    step = store.latest()
+    if step is not None and store.has_training(step):
+        saved = load_info(workdir, step)
+        for change in recipe_changes(saved.recipe, recipe):
+            _say(f"changed since the checkpoint: {change}")
+        return dataclasses.replace(saved, recipe=recipe), table
+    info = RunInfo(
+        recipe=recipe,
+        statistics=dataset_statistics(table).to_dict(),
+        tokenizer=assemble.tokenizer_to_text(assemble.load_recipe_tokenizer(recipe)),
+    )
+    return info, table
+
+
+def make_lessons(recipe: Recipe, info: RunInfo, table: EpisodeTable) -> list[Lesson]:
+    """The stages in order, each with its model, its data and the shapes of its batches."""
+    tokenizer = assemble.tokenizer_from_text(info.tokenizer)
+    statistics = DatasetStatistics.from_dict(info.statistics)
+    action_normalizer, state_normalizer = normalizers(table.spec, statistics)
+    frames: dict[str, Any] = {"views": len(table.views), "image_size": table.image_size}
+    source = StepSource(table, action_horizon=recipe.model.action_horizon)
+    lessons = []
+    for stage, start, end in spans(recipe.stages, recipe.train.steps):
+        prompt = assemble.prompt_builder(recipe, tokenizer, stage, **frames)
+        config = assemble.model_config(recipe, tokenizer, latent_slots=prompt.latent_slots)
+        loader = Loader(
+            source=source,
+            prompt=prompt,
+            action_normalizer=action_normalizer,
+            state_normalizer=state_normalizer,
+            state_dim=recipe.model.state_dim,
+            batch_size=recipe.data.batch_size,
+            seed=recipe.seed,
+            num_threads=recipe.data.num_threads,
+        )
+        spec = assemble.batch_spec(recipe, stage, **frames)
+        lessons.append(
+            Lesson(
+                stage=stage, start=start, end=end, model=LaraVLA(config), loader=loader, spec=spec
+            )
+        )
+    return lessons
+
+
+def state_shardings(mesh: Mesh, shapes: TrainState, axes: Any) -> TrainState:
+    """Where every array of the state lives.
+
+    Args:
+      mesh: the devices.
+      shapes: the abstract state.
+      axes: logical axis names of every parameter.
+    """
+    params = sharding.shard_tree(mesh, axes, shapes.params)
+    like = partial(sharding.shard_like, mesh)
+    return shapes.replace(
+        step=sharding.replicated(mesh),
+        params=params,
+        opt_state=like(shapes.opt_state, shapes.params, params),
+        teacher=like(shapes.teacher, shapes.params["vision"], params["vision"]),
+        rng=sharding.replicated(mesh),
+    )
+
+
+def first_state(
+    recipe: Recipe,
+    store: CheckpointStore,
+    init: Callable[[jax.Array], TrainState],
+    shapes: TrainState,
+    shardings: TrainState,
+) -> TrainState:
+    """The state a run starts from, in the order of this file's first lines."""
+    abstract = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+    step = store.latest()
+    if step is not None and store.has_training(step):
+        _say(f"resuming at step {step} from {store.folder(step)}")
+        return store.restore(abstract, step)
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
+    source = recipe.init.path if step is None else store.folder(step)
+    if not source:
+        _say("starting from random parameters")
+        return state
+    _say(f"starting from the parameters of {source}")
+    params = restore_params(source, abstract.params)
+    # A copy: the teacher and the student are updated in place, each in its own memory.
+    teacher = None if state.teacher is None else jax.tree.map(jnp.copy, params["vision"])
+    return state.replace(params=params, teacher=teacher)
+
+
+class Log:
+    """Metrics of the run with learning rates and throughput."""
+
+    def __init__(self, recipe: Recipe, workdir: Path, step: int) -> None:
+        self._rates = learning_rates(recipe.optimizer, recipe.stages, recipe.train.steps)
+        self._writer = MetricsWriter(workdir, start_step=step, steps=recipe.train.steps)
+        self._samples, self._since = 0, time.monotonic()
+
+    def advance(self, samples: int) -> None:
+        """Counts a step."""
+        self._samples += samples
+        self._writer.advance()
+
+    def write(self, step: int, stage: Stage, metrics: dict[str, jax.Array], batch: Batch) -> None:
+        """Fetches the metrics from the devices, checks them and writes a row."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        check_finite(step, values, batch.sample_id)
+        now = time.monotonic()
+        rates = {f"rate_{part}": float(rate(step - 1)) for part, rate in self._rates.items()}
+        speed = {"samples_per_second": self._samples / (now - self._since)}
+        self._samples, self._since = 0, now
+        self._writer.write(step, stage.name, values | rates | speed)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM only sets a flag; yields the function that reads it."""
+    flags: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: flags.append(number))
+    try:
+        yield lambda: bool(flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
