@@ -1,3 +1,3 @@
-"""LaRA-VLA in JAX: latent-reasoning vision-language-action policies, trained and run at TPU scale."""
+"""LaRA-VLA in JAX: latent-reasoning vision-language-action policies at TPU scale."""
 
 __version__ = "0.1.0"

@@ -8,11 +8,15 @@ so no step appears twice and the file reads as if nothing had happened.
 import csv
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 COLUMNS = (
@@ -45,7 +49,10 @@ class MetricsWriter:
         self._drop_rows_after(start_step)
         self._file = self._path.open("a", newline="", encoding="utf-8")
         self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._board = EventFileWriter(str(workdir / "tensorboard"))
+        # What earlier files say of the steps from here on is void.
+        restart = SessionLog(status=SessionLog.START)
+        self._add_event(start_step + 1, session_log=restart)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", file=sys.stderr)
 
     def advance(self) -> None:
@@ -66,8 +73,8 @@ class MetricsWriter:
         row = {"step": step, "stage": stage, **values}
         self._csv.writerow(row)
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add_event(step, summary=Summary(value=scalars))
         shown = {"loss": values["loss"], "samples/s": values["samples_per_second"]}
         self._bar.set_description(stage, refresh=False)
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
@@ -77,6 +84,9 @@ class MetricsWriter:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._board.add_event(Event(wall_time=time.time(), step=step, **content))
 
     def _drop_rows_after(self, last_step: int) -> None:
         """Rewrites the file, in one go, with the header and the rows that count."""

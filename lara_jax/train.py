@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from data_pipelines.episodes import EpisodeTable, StepSource, load_episodes
@@ -67,58 +66,39 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
       FloatingPointError: a metric is not finite.
     """
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
-    optimizer = make_optimizer(recipe)
-    with contextlib.closing(CheckpointStore(workdir, keep=recipe.checkpoint.keep)) as store:
-        info, table = open_data(recipe, workdir, store)
-        lessons = make_lessons(recipe, info, table)
+    store = CheckpointStore(workdir, keep=recipe.checkpoint.keep)
+    info, table = open_data(recipe, workdir, store)
+    lessons = make_lessons(recipe, info, table)
 
-        init = partial(init_state, lessons[0].model, optimizer, teacher=recipe.teacher.enabled)
-        shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
-        axes = logical_axes(lessons[0].model)
-        shardings = state_shardings(mesh, shapes, axes)
+    model, optimizer = lessons[0].model, make_optimizer(recipe)
+    init = partial(init_state, model, optimizer, teacher=recipe.teacher.enabled)
+    shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
+    shardings = state_shardings(mesh, shapes, logical_axes(model))
 
-        with jax.set_mesh(mesh):
-            state = first_state(recipe, store, init, shapes, shardings)
-            return loop(recipe, workdir, lessons, optimizer, mesh, shardings, state, store, info)
-
-
-def loop(
-    recipe: Recipe,
-    workdir: Path,
-    lessons: Sequence["Lesson"],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    shardings: TrainState,
-    state: TrainState,
-    store: CheckpointStore,
-    info: RunInfo,
-) -> TrainState:
-    """Runs the steps that are left, stage by stage; see `train`."""
-    step, total = int(state.step), recipe.train.steps
-    log = Log(recipe, workdir, step)
-    with contextlib.closing(log), _sigterm() as asked_to_stop:
-        for lesson in lessons:
-            if step >= lesson.end:
-                continue
-            rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
-            train_step = jax.jit(
-                make_train_step(lesson.model, optimizer, lesson.stage, recipe),
-                in_shardings=(shardings, rows),
-                out_shardings=(shardings, sharding.replicated(mesh)),
-                donate_argnums=0,
-            )
-            for batch in islice(lesson.loader.iterate(step), lesson.end - step):
-                state, metrics = train_step(state, jax.device_put(batch, rows))
-                step += 1
-                last = step == total or asked_to_stop()
-                save = last or step % recipe.checkpoint.every_steps == 0
-                log.advance(recipe.data.batch_size)
-                if save or step % recipe.log.every_steps == 0:
-                    log.write(step, lesson.stage, metrics, batch)
-                if save:
-                    store.save(step, state, dataclasses.replace(info, position=step))
-                if last:
-                    return state
+    with _sigterm() as asked_to_stop, contextlib.closing(store), jax.set_mesh(mesh):
+        state = first_state(recipe, store, init, shapes, shardings)
+        step = int(state.step)
+        with contextlib.closing(Log(recipe, workdir, step)) as log:
+            for lesson in lessons:
+                rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
+                train_step = jax.jit(
+                    make_train_step(lesson.model, optimizer, lesson.stage, recipe),
+                    in_shardings=(shardings, rows),
+                    out_shardings=(shardings, sharding.replicated(mesh)),
+                    donate_argnums=0,
+                )
+                for batch in lesson.batches(step):
+                    state, metrics = train_step(state, jax.device_put(batch, rows))
+                    step += 1
+                    last = step == recipe.train.steps or asked_to_stop()
+                    save = last or step % recipe.checkpoint.every_steps == 0
+                    log.advance(recipe.data.batch_size)
+                    if save or step % recipe.log.every_steps == 0:
+                        log.write(step, lesson.stage, metrics, batch)
+                    if save:
+                        store.save(step, state, dataclasses.replace(info, position=step))
+                    if last:
+                        return state
     return state
 
 
@@ -132,6 +112,11 @@ class Lesson:
     model: LaraVLA
     loader: Loader
     spec: Batch
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """The batches of its steps from `step` on; none when the run is past it."""
+        if step < self.end:
+            yield from islice(self.loader.iterate(step), self.end - step)
 
 
 def open_data(

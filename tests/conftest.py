@@ -10,8 +10,10 @@ import os
 import shutil
 from pathlib import Path
 
-# Before anything imports jax: tests run on the CPU unless the caller asks for another platform.
+# Before anything imports jax: tests run on the CPU unless the caller asks for another platform, and
+# ask XLA for less optimisation there: nearly all their time is compilation.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
 

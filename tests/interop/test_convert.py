@@ -13,7 +13,7 @@ from lara_jax.assemble import load_recipe_tokenizer, model_config
 from lara_jax.checkpoint import load_info, load_params
 from lara_jax.config import load_recipe
 from lara_jax.interop.convert import export_main, import_main
-from lara_jax.interop.hf_keys import HF, REFERENCE
+from lara_jax.interop.hf_keys import HF, REFERENCE, flatten
 from lara_jax.interop.params import export_params
 from lara_jax.interop.weights import load_torch_state, save_pt, save_safetensors
 from tests.interop.models import abstract_params, assert_same, random_params
@@ -71,10 +71,8 @@ def test_reference_both_ways(
     assert all(written[key].tobytes() == state[key].tobytes() for key in state)
 
 
-def test_hugging_face_both_ways(
-    tmp_path: Path, config_file: str, params: Tree, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From bfloat16, with a smaller vocabulary; the expert starts at random, the same each time."""
+def test_hugging_face_both_ways(tmp_path: Path, config_file: str, params: Tree, run: Run) -> None:
+    """From bfloat16, with a smaller vocabulary; the expert starts at random."""
     state = export_params(HF.select(params), HF, dtype=ml_dtypes.bfloat16)
     embedding = "model.language_model.embed_tokens.weight"
     state[embedding] = state[embedding][:700]
@@ -83,12 +81,12 @@ def test_hugging_face_both_ways(
 
     with pytest.raises(ValueError, match="fewer tokens: say how new ones start"):
         import_main([*map(str, made), str(tmp_path / "refused")])
-    experts = []
-    for work in (tmp_path / "a", tmp_path / "b"):
-        code, report = run(import_main, *made, work, "--new-tokens")
-        assert (code, report["bitwise"], report["at_random"]) == (0, True, ["action_expert"])
-        experts.append(load_params(work)["action_expert"])
-    assert_same(*experts)
+    work = tmp_path / "work"
+    code, report = run(import_main, *made, work, "--new-tokens")
+    assert (code, report["bitwise"], report["at_random"]) == (0, True, ["action_expert"])
+    expert = load_params(work)["action_expert"]
+    assert all(np.isfinite(leaf).all() for leaf in flatten(expert).values())
+    assert np.ptp(expert["future_tokens"]) > 0
 
     tokenizer = load_recipe_tokenizer(load_recipe(config_file))
     table = load_params(work)["text"]["embed_tokens"]

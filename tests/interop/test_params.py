@@ -1,5 +1,6 @@
 """Import consumes every key and fills every parameter, or says what does not fit."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def test_golden_weights_come_back_bitwise(shared_dir: Path) -> None:
     for file in files:
         golden = Golden.read(file)
         source = {k: v for k, v in golden.arrays.items() if k.startswith(("vlm.", "head."))}
-        params = import_params(source, abstract_params(golden.config()), GOLDEN)
+        # Slots have no weights; without them all files share one tracing of the model.
+        config = dataclasses.replace(golden.config(), latent_slots=0, position_mode="mrope")
+        params = import_params(source, abstract_params(config), GOLDEN)
         exported = export_params(params, GOLDEN)
         assert exported.keys() == source.keys()
         for key, value in source.items():
