@@ -1,7 +1,7 @@
 """The smallest LaRA-VLA that still has every part: a laptop trains it through all three stages.
 
-Paper      arXiv 2602.01166 (LaRA-VLA); the curriculum is the paper's, but Stage II goes to all-latent
-           reasoning at once (its two first parts are there to be named in `train.stages`).
+Paper      arXiv 2602.01166 (LaRA-VLA); the curriculum is the paper's, but Stage II turns all
+           reasoning latent at once (its first two parts can be named in `train.stages`).
 Model      debug backbone and expert, 64 px frames of 16 tokens, K = 3, float32.
 Hardware   2 CPU cores, minutes.
 Data       the built-in tabletop (`lara data make-tabletop`); any RLDS set of 64 px frames works.

@@ -139,6 +139,26 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gather(parameter: jax.Array, *names: str | None) -> jax.Array:
+    """A parameter as a layer uses it: its pieces along `fsdp` put together, `tensor` kept.
+
+    The compiler would gather it by itself. But without this, on a mesh with data, fsdp and tensor
+    all above 1, it gets some gradients wrong: it forgets to sum over `data` where a sum over rows
+    becomes a matrix that is split over `fsdp` only (openxla/xla issue 40034). Said here, the sum
+    is complete before it is split.
+
+    Args:
+      parameter: a kernel or table.
+      names: one logical name (or None) for each dimension.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {axis: size for axis, size in dict(mesh.shape).items() if axis != "fsdp"}
+    spec = partition_spec(sizes, names, parameter.shape)
+    if mesh.empty or mesh.size == 1:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, spec)
+
+
 def named_sharding(mesh: Mesh, names: Names, shape: Sequence[int]) -> NamedSharding:
     """The sharding of one array with these logical names and this shape."""
     return NamedSharding(mesh, partition_spec(dict(mesh.shape), names, shape))

@@ -174,13 +174,16 @@ def make_lessons(recipe: Recipe, info: RunInfo, table: EpisodeTable) -> list[Les
     return lessons
 
 
-def state_shardings(mesh: Mesh, shapes: TrainState, axes: Any) -> TrainState:
+def state_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """Where every array of the state lives.
 
     Args:
       mesh: the devices.
       shapes: the abstract state.
       axes: logical axis names of every parameter.
+
+    Returns:
+      A `TrainState` of shardings.
     """
     params = sharding.shard_tree(mesh, axes, shapes.params)
     like = partial(sharding.shard_like, mesh)

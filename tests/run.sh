@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest. Uses the active virtual environment, else makes .venv with everything in it.
+# Runs the tests on two cores; arguments go to pytest. Uses the active virtual environment, else makes .venv with everything in it.
 #
 # LARA_TORCH=0 leaves PyTorch out of that environment; the tests that need it then skip and say so.
 set -euo pipefail
@@ -12,4 +12,4 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   # shellcheck disable=SC1091  # written by python -m venv
   source .venv/bin/activate
 fi
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lara_jax import sharding
-from lara_jax.sharding import RULES, constrain, make_mesh, partition_spec
+from lara_jax.sharding import RULES, constrain, gather, make_mesh, partition_spec
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 
@@ -38,6 +38,9 @@ def test_names_become_axes(names: tuple, shape: tuple, expected: tuple) -> None:
 def test_unknown_names_and_wrong_ranks_raise_also_without_a_mesh() -> None:
     x = jnp.ones((2, 3))
     assert constrain(x, "batch", "embed") is x
+    assert gather(x, "embed", "mlp") is x
+    with pytest.raises(ValueError, match="unknown logical axis 'mpl'"):
+        gather(x, "embed", "mpl")
     with pytest.raises(ValueError, match=r"unknown logical axis 'embedd'; known: .*embed"):
         constrain(x, "batch", "embedd")
     with pytest.raises(ValueError, match="3 axis names"):
@@ -102,6 +105,28 @@ for rows, pieces in ((6, 1), (8, 4)):
 @jax.jit
 def f(x):
     return sharding.constrain(x * 2, "batch", "length", "embed")
+
+# The compiler's error that `gather` works around shows in a chain of kernels of this kind.
+names = (("embed", "mlp"), ("embed", "mlp"), ("mlp", "action"))
+keys = jax.random.split(jax.random.key(0), 4)
+kernels = [jax.random.normal(key, shape) / 10 for key, shape in
+           zip(keys, ((128, 128), (128, 128), (128, 7)))]
+x = jax.random.normal(keys[3], (8, 32, 128))
+
+def gradients(kernels, x):
+    def loss(kernels):
+        h = x
+        for kernel, axes in zip(kernels, names):
+            h = jnp.tanh(h @ sharding.gather(kernel, *axes))
+        return (h**3).mean()
+    return jax.grad(loss)(kernels)
+
+expected = jax.jit(gradients)(kernels, x)
+where = sharding.shard_tree(mesh, list(names), kernels), sharding.batch_sharding(mesh, x)
+with jax.set_mesh(mesh):
+    found = jax.jit(gradients, in_shardings=where, out_shardings=where[0])(kernels, x)
+for a, b in zip(found, expected):
+    assert float(jnp.abs(jax.device_get(a) - b).max() / jnp.abs(b).max()) < 1e-5
 
 with jax.set_mesh(mesh):
     assert f(jnp.ones((8, 4, 16))).sharding.spec == P(("data", "fsdp"))

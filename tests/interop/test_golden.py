@@ -65,18 +65,11 @@ def test_one_changed_number_in_any_output_fails(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("vlm.model.language_model.layers.2.mlp.up_proj.weight", (5, 7)),
-        ("in.pixel_values", (3, 100)),
-        ("in.noise", (1, 2, 3)),
-    ],
-)
-def test_one_changed_weight_or_input_fails(small, name, place):
+def test_one_changed_weight_fails(small):
     read, _ = small
+    name = "vlm.model.language_model.layers.2.mlp.up_proj.weight"
     value = read.arrays[name].copy()
-    value[place] += 0.5
+    value[5, 7] += 0.5
     changed = dataclasses.replace(read, arrays={**read.arrays, name: value})
     assert any(not result.ok for result in compare(changed, run(changed)))
 
