@@ -32,6 +32,7 @@ OVERRIDES = (
     f"train.steps={STEPS}",
     "train.stages=latent_1,action",  # four steps each
     "stages.latent_1.share=50",
+    "stages.action.share=50",
     "checkpoint.every_steps=3",
     "log.every_steps=1",
     "data.batch_size=4",

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lara_jax.sharding import gather
+
 Names = tuple[str | None, ...]
 
 KERNEL_INIT = nn.initializers.lecun_normal()
@@ -44,6 +46,10 @@ def dense(
       dtype: compute dtype; parameters stay float32.
       name: the module's name inside a compact parent.
     """
+
+    def product(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        return jax.lax.dot_general(x, gather(kernel, *names), *args, **kwargs)
+
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-inputs, 0)),
@@ -51,6 +57,7 @@ def dense(
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(KERNEL_INIT, names),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), names[inputs:]),
+        dot_general=product,
         name=name,
     )
 
