@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     """Values of the run."""
     config = default_config()
     config.seed = 0
-    config.train.steps = 600
+    config.train.steps = 500
     config.stages = paper_stages(
         explicit=15,
         latent=(20, 20, 20),

@@ -26,7 +26,16 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer at `config.tokenizer.path`, or the small built-in one."""
+    """The tokenizer at `config.tokenizer.path`, or, for the debug backbone, the built-in one.
+
+    Raises:
+      ValueError: no path, and a backbone of published size.
+    """
+    if not recipe.tokenizer.path and recipe.model.backbone != "debug":
+        raise ValueError(
+            f"config.tokenizer.path is empty, but the {recipe.model.backbone} backbone reads Qwen's "
+            "tokens: give the directory that holds its tokenizer.json"
+        )
     return load_tokenizer(recipe.tokenizer.path or None)
 
 

@@ -1,16 +1,13 @@
-"""The data contract: what a loader yields, what the model reads. One struct, used by training,
-evaluation and serving.
+"""The data contract: what a loader yields and the model reads, in training and in serving.
 
-Axis letters: B batch, V views, H W image, P prefix, K slots, S suffix, C action chunk, A action, J
-  state.
+Axis letters: B batch, V views, H W image, P prefix, K slots, S suffix, C action chunk, A action,
+J state.
 
-The token sequence of a row is three static segments (the K slots have no ids: the latent loop fills
-them)::
+The token sequence of a row is three static segments. The K slots have no ids: the latent loop fills
+them::
 
-    [ prefix: left-padded to P ................... ][ K slots ][ suffix: right-padded to S
-    ................ ]
-      pads  chat  view tokens*V  instruction  start   z1 .. zK   end  explicit reasoning
-      <img_next>*16  end
+    [ prefix: left-padded to P ...... ][ K slots ][ suffix: right-padded to S ............... ]
+      pads chat views instruction start  z1 .. zK   end  explicit reasoning  <img_next>*16  end
 """
 
 from typing import Any
@@ -24,8 +21,7 @@ Array = Any  # np.ndarray on the host, jax.Array in a step
 
 @flax.struct.dataclass
 class Batch:
-    """A batch of robot steps. Host loaders fill it with NumPy arrays, the train step sees JAX
-    arrays.
+    """A batch of robot steps: NumPy arrays from a loader, JAX arrays in a step.
 
     Attributes:
       images: uint8[B, V, H, W, 3], the current frame of each view, RGB, as stored (resized on

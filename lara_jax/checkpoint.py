@@ -253,7 +253,11 @@ def verify(folder: Path) -> list[str]:
         f"{name} is missing" for name in ("params", *JSON_ITEMS) if not (folder / name).is_dir()
     ]
     if (folder / CHECKSUMS).is_file():
-        expected, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+        try:
+            expected = json.loads((folder / CHECKSUMS).read_text())
+        except ValueError as error:
+            return [*wrong, f"{CHECKSUMS} is damaged: {error}"]
+        found = _checksums(folder)
         wrong += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
         wrong += [f"{name} is new" for name in sorted(found.keys() - expected.keys())]
         both = sorted(expected.keys() & found.keys())
@@ -300,12 +304,14 @@ def _ls(args: argparse.Namespace) -> int:
     for step in steps(root):
         folder = root / str(step)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        resumable = (folder / "training").is_dir()
+        missing = [name for name in ("params", *JSON_ITEMS) if not (folder / name).is_dir()]
+        resumable = (folder / "training").is_dir() and not missing
         row = {"step": step, "bytes": size, "resumable": resumable, "path": str(folder)}
         if args.json:
             print(json.dumps(row))
         else:
             kind = "resumable" if resumable else "parameters only"
+            kind = f"lacks {', '.join(missing)}" if missing else kind
             print(f"{step:>10}  {size / 2**20:10.1f} MiB  {kind:<15}  {folder}")
     return 0
 

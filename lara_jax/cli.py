@@ -17,7 +17,7 @@ VERBS = {
     "import": ("lara_jax.interop.convert", "import_main", "make a checkpoint of PyTorch weights"),
     "check-golden": ("lara_jax.interop.golden", "main", "compare with numbers of the reference"),
     "checkpoint": ("lara_jax.checkpoint", "main", "list, verify, delete, compare checkpoints"),
-    "data": ("data_pipelines.cli", "main", "make, inspect and summarise data sets"),
+    "data": ("data_pipelines.cli", "main", "make data sets"),
 }
 
 
@@ -27,6 +27,15 @@ def usage() -> str:
     return "\n".join(
         ["usage: lara VERB [ARGUMENTS...]", "", *lines, "", "`lara VERB --help` tells more."]
     )
+
+
+WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = VERBS[verb]
     try:
         return getattr(importlib.import_module(module), function)(rest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, *WRONG_PATH) as error:
         print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -376,10 +376,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config()")
-    values = module.get_config().to_dict()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{path} has no function get_config()")
+        values = module.get_config().to_dict()
+    except (SyntaxError, ImportError, AttributeError, KeyError, NameError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     stage_defaults = {
         entry.name: entry.default
         for entry in dataclasses.fields(Stage)

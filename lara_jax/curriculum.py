@@ -72,6 +72,11 @@ class Stage:
             )
         if self.trains == "action_only" and not self.action_weight:
             raise ValueError(f"stage {self.name!r}: trains='action_only' needs an action_weight")
+        if self.trains == "action_only" and (self.token_weight or self.visual_weight):
+            raise ValueError(
+                f"stage {self.name!r}: token_weight {self.token_weight} and visual_weight "
+                f"{self.visual_weight} with trains='action_only' would train nothing"
+            )
         if self.suffix_tokens < 0:
             raise ValueError(f"stage {self.name!r}: suffix_tokens {self.suffix_tokens} is negative")
 

@@ -1,13 +1,13 @@
-"""The three losses, each as a sum and the number it is to be divided by, so that micro-batches add
-up exactly.
+"""The three losses, each a sum and its divisor, so that micro-batches add up exactly.
 
     token   cross-entropy of what stands after the slots            -log p(suffix_i | before)
     visual  mean |imagined - teacher| over rows with a next frame   L1 in feature space
     action  mean (v_hat - v)^2 over valid steps of the chunk        flow matching, v = a - e
 
-Letters: B batch, S suffix, V vocabulary, Q <img_next> tokens, D width, R noise draws, C chunk, A
-  action.
-All in float32. Source: arXiv 2602.01166, training objectives.
+All in float32. Letters: B batch, S suffix, V vocabulary, Q <img_next> tokens, D width, R noise
+draws, C chunk, A action.
+
+Source: arXiv 2602.01166, training objectives.
 """
 
 import flax.struct

@@ -47,7 +47,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
     args, rest = parser.parse_known_args(argv)
-    train(load_recipe(args.config, split_overrides(rest)), Path(args.workdir))
+    recipe = load_recipe(args.config, split_overrides(rest))
+    done = int(train(recipe, Path(args.workdir)).step)
+    if done < recipe.train.steps:
+        _say(f"stopped at step {done} of {recipe.train.steps}; the same command goes on from there")
+        return 1
     return 0
 
 
@@ -66,40 +70,43 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
       FloatingPointError: a metric is not finite.
     """
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
-    store = CheckpointStore(workdir, keep=recipe.checkpoint.keep)
-    info, table = open_data(recipe, workdir, store)
-    lessons = make_lessons(recipe, info, table)
+    with contextlib.ExitStack() as stack:
+        keep = recipe.checkpoint.keep
+        store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, keep=keep)))
+        info, table = open_data(recipe, workdir, store)
+        lessons = make_lessons(recipe, info, table)
 
-    model, optimizer = lessons[0].model, make_optimizer(recipe)
-    init = partial(init_state, model, optimizer, teacher=recipe.teacher.enabled)
-    shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
-    shardings = state_shardings(mesh, shapes, logical_axes(model))
+        model, optimizer = lessons[0].model, make_optimizer(recipe)
+        init = partial(init_state, model, optimizer, teacher=recipe.teacher.enabled)
+        shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
+        shardings = state_shardings(mesh, shapes, logical_axes(model))
 
-    with _sigterm() as asked_to_stop, contextlib.closing(store), jax.set_mesh(mesh):
+        asked_to_stop = stack.enter_context(_sigterm())
+        stack.enter_context(jax.set_mesh(mesh))
         state = first_state(recipe, store, init, shapes, shardings)
         step = int(state.step)
-        with contextlib.closing(Log(recipe, workdir, step)) as log:
-            for lesson in lessons:
-                rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
-                train_step = jax.jit(
-                    make_train_step(lesson.model, optimizer, lesson.stage, recipe),
-                    in_shardings=(shardings, rows),
-                    out_shardings=(shardings, sharding.replicated(mesh)),
-                    donate_argnums=0,
-                )
-                for batch in lesson.batches(step):
-                    state, metrics = train_step(state, jax.device_put(batch, rows))
-                    step += 1
-                    last = step == recipe.train.steps or asked_to_stop()
-                    save = last or step % recipe.checkpoint.every_steps == 0
-                    log.advance(recipe.data.batch_size)
-                    if save or step % recipe.log.every_steps == 0:
-                        log.write(step, lesson.stage, metrics, batch)
-                    if save:
-                        store.save(step, state, dataclasses.replace(info, position=step))
-                    if last:
-                        return state
-    return state
+        log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
+        for lesson in lessons:
+            rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
+            train_step = jax.jit(
+                make_train_step(lesson.model, optimizer, lesson.stage, recipe),
+                in_shardings=(shardings, rows),
+                out_shardings=(shardings, sharding.replicated(mesh)),
+                donate_argnums=0,
+            )
+            for batch in lesson.batches(step):
+                state, metrics = train_step(state, jax.device_put(batch, rows))
+                step += 1
+                last = step == recipe.train.steps or asked_to_stop()
+                save = last or step % recipe.checkpoint.every_steps == 0
+                log.advance(recipe.data.batch_size)
+                if save or step % recipe.log.every_steps == 0:
+                    log.write(step, lesson.stage, metrics, batch)
+                if save:
+                    store.save(step, state, dataclasses.replace(info, position=step))
+                if last:
+                    return state
+        return state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +137,14 @@ def open_data(
     if not recipe.data.path:
         raise ValueError("config.data.path is empty: give --config.data.path=DIRECTORY")
     table = load_episodes(recipe.data.path, recipe.data.split, views=recipe.data.views)
+    _say(
+        f"{table.steps} steps in {len(table.episodes)} episodes of {table.spec.name}; "
+        f"{table.dropped_steps} stored steps are not trained on"
+    )
     step = store.latest()
     if step is not None and store.has_training(step):
         saved = load_info(workdir, step)
+        _refuse_another_model(workdir, saved, recipe, table)
         for change in recipe_changes(saved.recipe, recipe):
             _say(f"changed since the checkpoint: {change}")
         return dataclasses.replace(saved, recipe=recipe), table
@@ -142,6 +154,26 @@ def open_data(
         tokenizer=assemble.tokenizer_to_text(assemble.load_recipe_tokenizer(recipe)),
     )
     return info, table
+
+
+def _refuse_another_model(
+    workdir: Path, saved: RunInfo, recipe: Recipe, table: EpisodeTable
+) -> None:
+    """A run cannot go on with other statistics or another tokenizer.
+
+    Raises:
+      ValueError: the data set or the tokenizer is not that of the checkpoint.
+    """
+    pairs = (
+        ("config.data.path", saved.statistics["dataset"], table.spec.name),
+        ("config.tokenizer.path", saved.recipe.tokenizer.path, recipe.tokenizer.path),
+    )
+    for key, before, now in pairs:
+        if before != now:
+            raise ValueError(
+                f"{key}: the run in {workdir} was started with {before!r}, not {now!r}; take "
+                "another --workdir, and config.init.path to start from this run's parameters"
+            )
 
 
 def make_lessons(recipe: Recipe, info: RunInfo, table: EpisodeTable) -> list[Lesson]:

@@ -1,12 +1,11 @@
 """One training step as a pure function: (state, batch) -> (state, metrics).
 
-    batch --preprocess on device--> backbone --> thoughts --+--> token cross-entropy   (what stands
-    after the slots)
-                                                            +--> visual latent L1      (against the
-                                                            EMA teacher) +--> flow matching
-                                                            (fresh noise, R draws a sample)
-    loss = sum of weight * total / count;  gradients -> optimizer -> parameters;  parameters ->
-    teacher
+    batch --preprocess on device--> backbone --> thoughts
+        thoughts --> token cross-entropy    of what stands after the slots
+                 --> visual latent L1       against the EMA teacher
+                 --> flow matching          fresh noise, R draws a sample
+    loss = sum of weight * total / count
+    gradients -> optimizer -> parameters -> teacher
 
 The loss's divisors are counted on the whole batch before the forward pass. So a batch cut into
 micro-batches has the gradient of the batch, whatever the masks, and rows that are masked out of one
@@ -14,8 +13,9 @@ loss do not dilute it.
 
 Random numbers come from the state's key folded with the step: a resumed run draws what the
 undisturbed one would.
-Source: arXiv 2602.01166, training objectives; the EMA teacher's momentum and interval are the
-  reference's.
+
+Source: arXiv 2602.01166, training objectives; the EMA teacher's momentum and interval are those of
+the reference.
 """
 
 import dataclasses
@@ -131,12 +131,12 @@ def make_train_step(
     pieces = recipe.train.accumulate_steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.rng, state.step)
-        draws = flow_draws(key, batch, model.config.expert.noise_draws)
+        flow_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        draws = flow_draws(flow_key, batch, model.config.expert.noise_draws)
         divisors = divisors_of(batch, model)
 
         def micro_gradient(batch: Batch, draws: FlowDraws, piece: jax.Array) -> Any:
-            dropout = jax.random.fold_in(key, piece + 1)
+            dropout = jax.random.fold_in(dropout_key, piece)
             gradient = jax.grad(stage_loss, has_aux=True)
             return gradient(
                 state.params, state.teacher, batch, draws, dropout, divisors, model, stage, recipe

@@ -106,8 +106,9 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     resumed = next(line for line in lines if "resuming at step" in line)
     assert "resuming at step 3 " in resumed
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 0
+    _, log = process.communicate()
+    assert process.returncode == 1
+    assert f"stopped at step 4 of {STEPS}" in log
     assert max(checkpoint.steps(broken / "checkpoints")) == 4
 
     process = start(repository, environment, broken, data)

@@ -2,8 +2,8 @@
 
 A TFRecord file is a run of records with nothing between them; every number is little-endian::
 
-    [ length: uint64 ][ masked CRC of length: uint32 ][ payload: length bytes ][ masked CRC of
-    payload: uint32 ]
+    [ length ][ masked CRC of length ][ payload      ][ masked CRC of payload ]
+      uint64     uint32                 length bytes     uint32
 
 So a file is indexed by reading 12 bytes per record and skipping the payload, and afterwards any
 record is one read. Both checksums are CRC-32C, rotated and offset ("masked") so that a CRC of data

@@ -1,16 +1,14 @@
 """From observations to physical action chunks, with the transforms and statistics of training.
 
-    frames, state, instruction --normalise, tokenise--> prefix | K slots | suffix --think--> hidden
-    states
-                                                                         --4 Euler steps-->
-                                                                         normalised chunk
-                                                                         --un-normalise--> metres,
-                                                                         radians, gripper
+    frames, state, instruction --normalise, tokenise--> prefix | K slots | suffix
+                               --think----------------> hidden states
+                               --4 Euler steps--------> normalised chunk
+                               --un-normalise---------> metres, radians, gripper
 
 The prompt is the one of the last stage of the curriculum, without annotations: nothing is
-  generated, so the call is one
-compiled function. Stage letters: E observations of a call, V views, C action chunk, A action, J
-state.
+generated, so a call is one compiled function.
+
+Letters: E observations of a call, V views, C action chunk, A action, J state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,6 +62,11 @@ class Policy:
             )
         self._tokenizer = assemble.tokenizer_from_text(info.tokenizer)
         self._slots = assemble.component_slots(recipe)
+        if latent_slots is not None and self._stage.reasoning_stage == 0:
+            raise ValueError(
+                f"latent_slots is {latent_slots}, but stage {self._stage.name!r} was trained without "
+                "reasoning and has no slots"
+            )
         if latent_slots is not None:
             self._slots = split_slots(latent_slots, recipe.model.component_order)
         statistics = DatasetStatistics.from_dict(info.statistics)

@@ -25,6 +25,7 @@ relative to its weight's gradient.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import struct
@@ -48,6 +49,13 @@ from lara_jax.models.lara_vla import Inputs, LaraVLA, LaraVLAConfig
 from lara_jax.models.text_decoder import TextConfig
 from lara_jax.models.vision_tower import VisionConfig
 
+INPUTS = (
+    "input_ids attention_mask labels pixel_values image_grid_thw actions state noise time"
+).split()
+OUTPUTS = (
+    "hidden_states vlm_loss action_loss predicted_actions vision_embeds plain_mrope_hidden "
+    "plain_mrope_logits mrope_position_ids"
+).split()
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 
@@ -84,7 +92,16 @@ def _weigh_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 _weigh.defvjp(_weigh_forward, _weigh_backward)
-attention.IMPLEMENTATIONS["torch_sdpa"] = torch_sdpa
+
+
+@contextlib.contextmanager
+def _torch_attention() -> Iterator[None]:
+    """Inside, models may ask for "torch_sdpa"."""
+    attention.IMPLEMENTATIONS["torch_sdpa"] = torch_sdpa
+    try:
+        yield
+    finally:
+        del attention.IMPLEMENTATIONS["torch_sdpa"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +133,29 @@ class Golden:
             raise ValueError(
                 f"{path} is not a golden file: its metadata lacks {', '.join(missing)}"
             )
-        return cls(path, meta, arrays)
+        golden = cls(path, meta, arrays)
+        golden._check()
+        return golden
+
+    def _check(self) -> None:
+        """Everything that a comparison needs is there.
+
+        Raises:
+          ValueError: naming what is missing, or does not fit together.
+        """
+        needed = {f"in.{name}" for name in INPUTS} | {f"out.{name}" for name in OUTPUTS}
+        if missing := sorted(needed - set(self.arrays)):
+            raise ValueError(f"{self.path} is not a golden file: it lacks {', '.join(missing)}")
+        try:
+            self.config()
+        except KeyError as error:
+            raise ValueError(f"{self.path}: its metadata lacks {error}") from error
+        grids = self.arrays["in.image_grid_thw"]
+        if (grids != self.meta["grid"]).any():
+            raise ValueError(
+                f"{self.path}: in.image_grid_thw is {grids.tolist()}, the metadata's grid is "
+                f"{self.meta['grid']}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -177,7 +216,6 @@ class Golden:
             latent_source="pre_norm",
             dtype="float32",
             remat="none",
-            attention="torch_sdpa",
         )
 
     def inputs(self) -> tuple[Inputs, np.ndarray]:
@@ -215,7 +253,11 @@ class Golden:
 
 def run(golden: Golden) -> dict[str, np.ndarray]:
     """Our outputs for a case, under the file's names (`out.*`, `grad.*`), in float32."""
-    config = golden.config()
+    with _torch_attention(), jax.default_matmul_precision("float32"):
+        return _run(golden, dataclasses.replace(golden.config(), attention="torch_sdpa"))
+
+
+def _run(golden: Golden, config: LaraVLAConfig) -> dict[str, np.ndarray]:
     model = LaraVLA(config)
     inputs, labels = golden.inputs()
     arrays, grid = golden.arrays, golden.grid
@@ -268,8 +310,7 @@ def run(golden: Golden) -> dict[str, np.ndarray]:
 
     # It runs once on a small case: nearly all of its time would go into optimising the code.
     quick = {"xla_backend_optimization_level": 0}
-    with jax.default_matmul_precision("float32"):
-        ours = jax.tree.map(np.asarray, jax.jit(outputs, compiler_options=quick)(params))
+    ours = jax.tree.map(np.asarray, jax.jit(outputs, compiler_options=quick)(params))
     grads = export_params(ours.pop("grads"), GOLDEN)
     return ours | {f"grad.{key}": value for key, value in grads.items()}
 

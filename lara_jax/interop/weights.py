@@ -117,7 +117,8 @@ def _load_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
         mapped = zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    # What torch's unpickler raises on bytes that are no pickle of tensors.
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is not a file of plain tensors: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")

@@ -1,21 +1,21 @@
 """The action expert: a flow-matching diffusion transformer that reads the backbone's hidden states.
 
-    x_t = (1 - t) e + t a        t = 0 noise, t = 1 data;  e ~ N(0, I), a the normalised action
-    chunk v   = a - e                  what the network predicts;  loss = mean (v_hat - v)^2 t   =
-    (0.999 - s) / 0.999,  s ~ Beta(1.5, 1);   the network sees floor(1000 t)
-    sampling: x <- x + v_hat / n, n Euler steps from x_0 = e
+    x_t = (1 - t) e + t a     t = 0 noise, t = 1 data; e ~ N(0, I), a the normalised action chunk
+    v   = a - e               what the network predicts; loss = mean (v_hat - v)^2
+    t   = (0.999 - s) / 0.999,  s ~ Beta(1.5, 1)
+    x  <- x + v_hat / n       sampling: n Euler steps from x_0 = e
+
+The network sees the time as a bucket, 1000 t cut off after the point.
 
 Tokens: [state (1)] [learned future tokens (32)] [action tokens (C)]. Even blocks cross-attend to
-  the backbone's hidden
-states, odd blocks attend among the tokens; every block is modulated by the flow time.
+the backbone's hidden states, odd blocks attend among the tokens; every block is modulated by the
+flow time.
 
 Letters: B batch, R noise draws of one sample, Q tokens, S context length, C action chunk, A action,
-  J state,
-E expert width, N heads, H head dim, D backbone width. The R draws share a row's context, so the
-keys and values of the context are computed once for all of them.
+J state, E expert width, N heads, H head dim, D backbone width. The R draws share a row's context,
+so the keys and values of the context are computed once for all of them.
 
-Source: arXiv 2602.01166, section 3; GR00T N1 (arXiv 2503.14734) for the network; facts measured on
-  the reference.
+Source: arXiv 2602.01166, section 3; GR00T N1 (arXiv 2503.14734) for the network.
 """
 
 import dataclasses
@@ -276,7 +276,7 @@ class ActionExpert(nn.Module):
 
         Args:
           noisy: float32[B, R, C, A], R noisy versions of each sample's chunk.
-          bucket: int32[B, R], floor(1000 t), 0..999.
+          bucket: int32[B, R], 1000 t cut off after the point, -1..1000.
           state: float32[B, J].
           context: float[B, S, D], the backbone's hidden states.
           context_valid: bool[B, S], False at pads; ignored with `attend_padding`.

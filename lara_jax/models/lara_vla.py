@@ -1,24 +1,23 @@
 """LaRA-VLA: see, think, imagine, act.
 
-    images --vision tower--> image tokens --+
-                                            v
-    [ prefix: views, instruction, start ] [ K latent slots ] [ suffix: end, explicit text,
-    <img_next>*16, ... ]
-      |  one pass, keys and values kept      |  nn.scan          |  one pass over everything before
-      +--------------------------------------+-------------------+
-                                            v
-            hidden states [B, P+K+S, D] --> logits (suffix), visual thoughts (<img_next>), actions
-            (expert)
+    images --vision tower--> image tokens
+                                  v
+    [ prefix: views, instruction, start ][ K slots ][ suffix: end, text, <img_next>*16, ... ]
+      one pass, keys and values kept      nn.scan    one pass over everything before
+                                  v
+    hidden states [B, P+K+S, D] --> logits (suffix)
+                                --> visual thoughts (<img_next>)
+                                --> actions (expert)
 
 The latent loop: the input embedding of slot k is the last hidden state of the position before it,
-  so a thought is a
-hidden state fed back without becoming a word. The prefix's keys and values do not change inside the
-loop: they are a broadcast input of the scan, saved once for the backward pass. The carry is only
-the previous hidden state and the slots' own keys and values. Parameters are broadcast, so the K
-steps share them and compile once.
+so a thought is a hidden state fed back without becoming a word. The prefix's keys and values do not
+change inside the loop: they are a broadcast input of the scan, saved once for the backward pass.
+The carry is only the previous hidden state and the slots' own keys and values. Parameters are
+broadcast, so the K steps share them and compile once.
 
-Letters: B batch, V views, P prefix, K slots, S suffix, T = P+K+S, D width, M merged image tokens, L
-  layers.
+Letters: B batch, V views, P prefix, K slots, S suffix, T = P+K+S, D width, M merged image tokens,
+L layers.
+
 Source: arXiv 2602.01166, section 3.
 """
 
@@ -199,9 +198,6 @@ class LaraVLA(nn.Module):
         B = inputs.prefix_ids.shape[0]
         noise = jnp.zeros((B, cfg.action_horizon, cfg.action_dim))
         self.act(self(inputs, grid), jnp.zeros((B, cfg.state_dim)), noise)
-
-    # -- inside ------------------------------------------------------------------------------------
-    # ------------------
 
     def _layout(self, inputs: Inputs, grid: tuple[int, int]) -> "_Layout":
         """Where every kind of token stands, over the whole sequence."""

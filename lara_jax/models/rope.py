@@ -1,19 +1,19 @@
-"""Rotary positions: interleaved M-RoPE for the text decoder, 2-D rotary for the vision tower. All
-in float32.
+"""Rotary positions: interleaved M-RoPE for the decoder, 2-D rotary for the vision tower; float32.
 
 M-RoPE gives a token three positions (time, height, width). Text tokens have all three equal. The
 tokens of an image share the time of the image's start, and add their merged-grid row to the height
-and their column to the width; after an image of h x w tokens the text goes on at start + max(h,
-w)::
+and their column to the width; after an image of h x w tokens the text goes on at
+start + max(h, w)::
 
-    text text  img(2x2)            text
-    T 0    1    2   2   2   2       4
-    H 0    1    2   2   3   3       4
-    W 0    1    2   3   2   3       4
+      text text  img(2x2)            text
+    T 0    1     2   2   2   2       4
+    H 0    1     2   2   3   3       4
+    W 0    1     2   3   2   3       4
 
-Interleaved: of the H/2 frequencies, number i reads the height if i % 3 == 1, the width if i % 3 ==
-  2 (each while
-i < 3 * section), else the time. Source: Qwen3-VL; arXiv 2602.01166 uses it unchanged.
+Interleaved: of the H/2 frequencies, number i reads the height if i % 3 == 1, the width if
+i % 3 == 2 (each while i < 3 * section), else the time.
+
+Source: Qwen3-VL; arXiv 2602.01166 uses it unchanged.
 """
 
 import functools

@@ -1,19 +1,17 @@
-"""Qwen3-VL's text decoder: token embeddings -> hidden states -> logits, one segment of the sequence
-at a time.
-
-Letters: B batch, T tokens of this segment, S keys seen, N heads, K kv heads, H head dim, D width, F
-  mlp, V vocab,
-L layers, n DeepStack layers.
+"""Qwen3-VL's text decoder: token embeddings -> hidden states -> logits, a segment at a time.
 
 The decoder runs over a segment given the keys and values of what came before. The latent loop needs
 just that: the prefix once, then one slot at a time, then the suffix.
 
-    x [B,T,D] -> L x ( norm -> attention over [past..., this segment] -> + -> norm -> SwiGLU -> + ->
-    + DeepStack )
-              -> hidden states before the final norm, and this segment's keys and values
+    x [B, T, D] -> L x ( norm -> attention over [past..., this segment] -> +
+                         norm -> SwiGLU -> + -> + DeepStack )
+                -> hidden states before the final norm, and this segment's keys and values
 
-Source: Qwen3-VL technical report (q/k norm, GQA, interleaved M-RoPE, DeepStack); oracle:
-  `transformers`.
+Letters: B batch, T tokens of this segment, S keys seen, N heads, K kv heads, H head dim, D width,
+F mlp, V vocab, L layers, n DeepStack layers.
+
+Source: Qwen3-VL technical report (q/k norm, GQA, interleaved M-RoPE, DeepStack); the oracle is
+`transformers`.
 """
 
 import dataclasses

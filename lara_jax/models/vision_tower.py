@@ -1,17 +1,13 @@
-"""Qwen3-VL's vision tower: patches of one image -> one feature per merged 2x2 block, plus DeepStack
-features.
+"""Qwen3-VL's vision tower: patches of an image -> a feature per merged 2x2 block, and DeepStack.
 
-Letters: I images, P patches of an image, M = P / merge^2 merged tokens, W vision width, N heads, H
-  head dim, F mlp,
-D text width, L layers. Patches stand in merge-block order (`lara_jax.image_processing`).
+    patches -> linear -> + position table, resampled to the grid
+            -> L blocks of full attention within the image -> merger -> image tokens
+                 `-> after some of the blocks: a merger of its own -> DeepStack features,
+                     added to the decoder's first layers at the image tokens
 
-    patches -> linear -> + position table, resampled to the grid -> L blocks of full attention
-    within the image -> merger
-                                                                    |  after chosen blocks: a merger
-                                                                    of its own +-> DeepStack
-                                                                    features, added to the decoder's
-                                                                        first layers at the image
-                                                                        tokens
+Letters: I images, P patches of an image, M = P / merge^2 merged tokens, W vision width, N heads,
+H head dim, F mlp, D text width, L layers. Patches stand in merge-block order
+(`lara_jax.image_processing`).
 
 Source: Qwen3-VL technical report; `transformers` Qwen3VLVisionModel is the oracle in the tests.
 """

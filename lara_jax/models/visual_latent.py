@@ -1,16 +1,16 @@
-"""Visual thoughts: the <img_next> tokens imagine the next frame in the feature space of a slow copy
-of the vision tower.
+"""Visual thoughts: <img_next> tokens imagine the next frame as a slow vision tower would see it.
 
-    target = pool_g(teacher(next frame))         teacher <- m teacher + (1 - m) student, every n-th
-    step, in float32 loss   = mean |hidden[img_next] - target|    over rows that have a next frame
+    target  = pool_g(teacher(next frame))
+    loss    = mean |hidden[img_next] - target|       over rows that have a next frame
+    teacher <- m teacher + (1 - m) student           every n-th step, in float32
 
 g x g <img_next> tokens (4 x 4 as published) stand for the cells of the pooled grid, row by row. The
-teacher is kept in
-float32: at momentum 0.999 a bfloat16 copy never moves (the update is below half a unit in the last
-place).
+teacher is kept in float32: at momentum 0.999 a bfloat16 copy never moves, because the update is
+below half a unit in the last place.
 
-Letters: B batch, T tokens, Q = g*g, M merged tokens, D text width. Source: arXiv 2602.01166, visual
-  latents.
+Letters: B batch, T tokens, Q = g*g, M merged tokens, D text width.
+
+Source: arXiv 2602.01166, visual latents.
 """
 
 import math
