@@ -33,8 +33,8 @@ def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     """
     if not recipe.tokenizer.path and recipe.model.backbone != "debug":
         raise ValueError(
-            f"config.tokenizer.path is empty, but the {recipe.model.backbone} backbone reads Qwen's "
-            "tokens: give the directory that holds its tokenizer.json"
+            f"config.tokenizer.path is empty, but the {recipe.model.backbone} backbone reads "
+            "Qwen's tokens: give the directory that holds its tokenizer.json"
         )
     return load_tokenizer(recipe.tokenizer.path or None)
 

@@ -107,6 +107,9 @@ def test_a_missing_recipe_and_one_with_an_unknown_key(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"config\.data\.batchsize.*config\.data\.batch_size"):
         load_recipe(tmp_path / "odd.py")
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    with pytest.raises(ValueError, match=r"broken\.py cannot be read: SyntaxError"):
+        load_recipe(tmp_path / "broken.py")
 
 
 def test_changes_are_listed(repository: Path) -> None:
@@ -152,6 +155,10 @@ def test_bridge_has_the_steps_of_the_reference(repository: Path) -> None:
         ({}, "loss weights"),
         ({"token_weight": -1.0, "action_weight": 1.0}, "loss weights"),
         ({"trains": "action_only", "token_weight": 1.0}, "needs an action_weight"),
+        (
+            {"trains": "action_only", "token_weight": 1.0, "action_weight": 1.0},
+            "token_weight 1.0 .* would train nothing",
+        ),
     ],
 )
 def test_a_stage_checks_itself(values: dict, message: str) -> None:

@@ -23,7 +23,7 @@ from lara_jax.config import Recipe, load_recipe
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer
 from lara_jax.tokenizers.qwen import load_tokenizer
-from lara_jax.train_step import init_state, logical_axes, make_train_step
+from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
 from tests.data_pipelines.handmade import write_tabletop
 
 STEPS = 8
@@ -58,12 +58,16 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def start(
-    repository: Path, environment: dict[str, str], workdir: Path, data: Path
+    repository: Path,
+    environment: dict[str, str],
+    workdir: Path,
+    data: Path,
+    overrides: tuple[str, ...] = OVERRIDES,
 ) -> subprocess.Popen[str]:
     """`lara train` in its own process."""
     command = [sys.executable, "-m", "lara_jax.cli", "train", "--config", "configs/debug.py"]
     command += ["--workdir", str(workdir), f"--config.data.path={data}"]
-    command += [f"--config.{override}" for override in OVERRIDES]
+    command += [f"--config.{override}" for override in overrides]
     return subprocess.Popen(
         command, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -123,6 +127,30 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     assert info.statistics == checkpoint.load_info(whole).statistics
 
 
+@pytest.mark.slow
+def test_training_on_real_robot_data_lowers_every_loss(
+    repository: Path, environment: dict[str, str], shared_dir: Path, tmp_path: Path
+) -> None:
+    """BridgeData has no annotations: tokens are then what closes the thoughts and the turn."""
+    overrides = (
+        "train.steps=60",
+        "train.stages=latent_3,action",
+        "stages.latent_3.share=1",
+        "stages.action.share=2",
+        "data.batch_size=8",
+        "log.every_steps=1",
+    )
+    bridge = shared_dir / "data" / "bridge_dataset" / "1.0.0"
+    process = start(repository, environment, tmp_path, bridge, overrides)
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    assert "200 steps in 25 episodes of bridge_dataset; 50 stored steps are not trained on" in log
+    for name in ("loss_token", "loss_visual", "loss_action"):
+        values = [float(row[name]) for row in rows(tmp_path) if row[name]]
+        assert len(values) in (20, 40)
+        assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5]), (name, values)
+
+
 # Every mesh against one device, through `train` itself. The optimizer's epsilon is larger than
 # usual: Adam divides gradients that are zero in exact arithmetic, such as those of the attention
 # keys' biases, by their own rounding noise, and would show that noise at full size.
@@ -164,7 +192,7 @@ def losses(name):
 
 
 one = numbers(run("one", jax.devices()[:1], 1, 1, 1))
-for mesh in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)):
+for mesh in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
     name = "x".join(map(str, mesh))
     state = run(name, jax.devices(), *mesh)
     if mesh[1] == 8:
@@ -338,3 +366,28 @@ def test_a_run_without_data_is_refused(repository: Path, tmp_path: Path) -> None
     recipe = load_recipe(repository / "configs" / "debug.py")
     with pytest.raises(ValueError, match=r"config\.data\.path is empty"):
         train.train(recipe, tmp_path)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_tokenizer(prepared, tmp_path: Path) -> None:
+    """Their statistics and ids are part of the model."""
+    recipe, info, *_ = prepared
+    store = CheckpointStore(tmp_path)
+    store.save(1, TrainState(*(jnp.zeros(()),) * 4, jax.random.key(0)), info)
+    store.close()
+    tokenizer = dataclasses.replace(recipe.tokenizer, path="another")
+    other = dataclasses.replace(info, statistics={**info.statistics, "dataset": "another"})
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.tokenizer\.path: .* with '', not 'another'"):
+        train.open_data(dataclasses.replace(recipe, tokenizer=tokenizer), tmp_path, store)
+    store.save(2, TrainState(*(jnp.zeros(()),) * 4, jax.random.key(0)), other)
+    store.close()
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.data\.path: .* 'another', not 'lara_tabletop'"):
+        train.open_data(recipe, tmp_path, store)
+    store.close()
+
+
+def test_published_sizes_need_their_tokenizer(repository: Path) -> None:
+    recipe = load_recipe(repository / "configs" / "bridge_4b.py")
+    with pytest.raises(ValueError, match=r"config\.tokenizer\.path is empty, but the 4b backbone"):
+        assemble.load_recipe_tokenizer(recipe)

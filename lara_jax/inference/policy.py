@@ -64,8 +64,8 @@ class Policy:
         self._slots = assemble.component_slots(recipe)
         if latent_slots is not None and self._stage.reasoning_stage == 0:
             raise ValueError(
-                f"latent_slots is {latent_slots}, but stage {self._stage.name!r} was trained without "
-                "reasoning and has no slots"
+                f"latent_slots is {latent_slots}, but stage {self._stage.name!r} was trained "
+                "without reasoning and has no slots"
             )
         if latent_slots is not None:
             self._slots = split_slots(latent_slots, recipe.model.component_order)

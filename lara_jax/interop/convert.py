@@ -1,7 +1,9 @@
 """`lara import` and `lara export`: PyTorch weights to a checkpoint of ours, and back.
 
-    lara import --from hf Qwen3-VL-4B-Instruct --new-tokens --config FILE --workdir DIR
-    lara import --from reference steps_20000_pytorch_model.pt --config FILE --workdir DIR
+    lara import --from hf Qwen3-VL-4B-Instruct --new-tokens --config FILE --workdir DIR \
+        --config.tokenizer.path=Qwen3-VL-4B-Instruct
+    lara import --from reference steps_20000_pytorch_model.pt --config FILE --workdir DIR \
+        --config.tokenizer.path=Qwen3-VL-4B-Instruct
     lara export --workdir DIR --to hf OUT
     lara export --workdir DIR --to reference OUT.pt        # or OUT.safetensors, or a directory
 
@@ -15,6 +17,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from lara_jax.assemble import (
     tokenizer_to_text,
 )
 from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, load_params
-from lara_jax.config import load_recipe
+from lara_jax.config import load_recipe, split_overrides
 from lara_jax.interop.hf_config import VisionTokens, hf_config
 from lara_jax.interop.hf_keys import HF, LAYOUTS, Layout
 from lara_jax.interop.params import NewTokens, export_params, import_params
@@ -42,8 +45,9 @@ from lara_jax.interop.weights import (
     save_safetensors,
 )
 from lara_jax.models.action_expert import ActionExpert
-from lara_jax.models.lara_vla import Inputs, LaraVLA, LaraVLAConfig
+from lara_jax.models.lara_vla import LaraVLA, LaraVLAConfig
 from lara_jax.tokenizers.qwen import Tokenizer
+from lara_jax.train_step import init_params
 
 NAMES = ("hf", "reference")
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -70,12 +74,8 @@ def import_main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--verify", action="store_true", help="report as JSON how it compares")
     args, rest = parser.parse_known_args(argv)
-    overrides = [item.removeprefix("--config.") for item in rest if item.startswith("--config.")]
-    if len(overrides) < len(rest):
-        parser.error(f"unknown arguments {[r for r in rest if not r.startswith('--config.')]}")
-
     layout = LAYOUTS[args.layout]
-    recipe = load_recipe(args.config, overrides)
+    recipe = load_recipe(args.config, split_overrides(rest))
     tokenizer = load_recipe_tokenizer(recipe)
     config = model_config(recipe, tokenizer, latent_slots=0)
     new_tokens = _new_tokens(tokenizer) if args.new_tokens else None
@@ -183,21 +183,8 @@ def _random_expert(config: LaraVLAConfig, seed: int) -> Any:
 
 def abstract_params(config: LaraVLAConfig) -> dict[str, Any]:
     """Shapes of a model's parameters, unboxed; allocates nothing."""
-    merge = config.vision.merge_size
-    inputs = Inputs(
-        patches=jnp.zeros((1, 1, merge**2, config.vision.patch_values)),
-        view_mask=jnp.ones((1, 1), bool),
-        prefix_ids=jnp.full((1, 1), config.image_id, jnp.int32),
-        prefix_mask=jnp.ones((1, 1), bool),
-        suffix_ids=jnp.full((1, config.img_next_tokens + 1), config.img_next_id, jnp.int32),
-        suffix_mask=jnp.ones((1, config.img_next_tokens + 1), bool),
-    )
-    model = LaraVLA(config)
-
-    def init() -> Any:
-        return model.init(jax.random.key(0), inputs, (merge, merge), method=model.init_all)
-
-    return nn.unbox(jax.eval_shape(init))["params"]
+    init = partial(init_params, LaraVLA(config), jax.random.key(0))
+    return nn.unbox(jax.eval_shape(init))
 
 
 def compare_states(

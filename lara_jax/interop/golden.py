@@ -49,13 +49,27 @@ from lara_jax.models.lara_vla import Inputs, LaraVLA, LaraVLAConfig
 from lara_jax.models.text_decoder import TextConfig
 from lara_jax.models.vision_tower import VisionConfig
 
-INPUTS = (
-    "input_ids attention_mask labels pixel_values image_grid_thw actions state noise time"
-).split()
-OUTPUTS = (
-    "hidden_states vlm_loss action_loss predicted_actions vision_embeds plain_mrope_hidden "
-    "plain_mrope_logits mrope_position_ids"
-).split()
+INPUTS = [
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "pixel_values",
+    "image_grid_thw",
+    "actions",
+    "state",
+    "noise",
+    "time",
+]
+OUTPUTS = [
+    "hidden_states",
+    "vlm_loss",
+    "action_loss",
+    "predicted_actions",
+    "vision_embeds",
+    "plain_mrope_hidden",
+    "plain_mrope_logits",
+    "mrope_position_ids",
+]
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 

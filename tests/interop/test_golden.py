@@ -110,3 +110,24 @@ def test_refuses_other_files(tmp_path):
     save_file({"x": np.zeros(2)}, tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"lacks action_head, grid, latents"):
         Golden.read(tmp_path / "plain.safetensors")
+
+
+def test_refuses_a_file_that_lacks_something(small, tmp_path):
+    """Otherwise a file without outputs would pass, with nothing compared."""
+    read, _ = small
+    meta = {key: json.dumps(entry) for key, entry in read.meta.items()}
+    for name in ("out.hidden_states", "in.time"):
+        rest = {key: value for key, value in read.arrays.items() if key != name}
+        save_file(rest, tmp_path / "less.safetensors", metadata=meta)
+        with pytest.raises(ValueError, match=f"it lacks {name}"):
+            Golden.read(tmp_path / "less.safetensors")
+    arrays = {**read.arrays, "in.image_grid_thw": read.arrays["in.image_grid_thw"] + 2}
+    save_file(arrays, tmp_path / "grid.safetensors", metadata=meta)
+    with pytest.raises(
+        ValueError, match=r"in\.image_grid_thw is .* metadata's grid is \[1, 4, 4\]"
+    ):
+        Golden.read(tmp_path / "grid.safetensors")
+    meta["text_config"] = json.dumps({"vocab_size": 3})
+    save_file(dict(read.arrays), tmp_path / "meta.safetensors", metadata=meta)
+    with pytest.raises(ValueError, match="its metadata lacks 'hidden_size'"):
+        Golden.read(tmp_path / "meta.safetensors")
