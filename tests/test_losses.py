@@ -1,9 +1,11 @@
 """The three losses by hand-counted examples."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
-from lara_jax import losses
+from lara_jax import batch, losses
 
 
 def test_token_loss_counts_marked_tokens_only():
@@ -33,3 +35,27 @@ def test_nothing_counted_is_zero_not_nan():
         jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2), bool)
     )
     assert float(nothing.mean()) == 0.0
+
+
+def test_divisors_of_a_batch_are_what_its_losses_count():
+    """The train step divides by numbers counted beforehand; they must be the losses' own."""
+    rng = np.random.default_rng(0)
+    rows, suffix, chunk, draws, actions, block, width = 3, 5, 4, 2, 7, 4, 6
+    masks = [jnp.asarray(rng.random(shape) < 0.6) for shape in ((rows, suffix), (rows, chunk))]
+    next_mask = jnp.asarray([[True, False], [False, True], [True, True]])
+    spec = batch.spec(
+        batch_size=rows, views=2, image_size=(8, 8), state_dim=8, action_horizon=chunk,
+        action_dim=actions, prefix_tokens=3, suffix_tokens=suffix,
+    )  # fmt: skip
+    whole = dataclasses.replace(spec, loss_mask=masks[0], action_mask=masks[1], next_mask=next_mask)
+    found = losses.counts(whole, visual_numbers=block * width, action_numbers=draws * actions)
+    velocity, frame = jnp.zeros((rows, draws, chunk, actions)), jnp.zeros((rows, block, width))
+    logits, ids = jnp.zeros((rows, suffix, 9)), jnp.zeros((rows, suffix), int)
+    counted = {
+        "token": losses.token_loss(logits, ids, masks[0]),
+        "visual": losses.visual_loss(frame, frame, next_mask[:, 0]),
+        "action": losses.action_loss(velocity, velocity, masks[1]),
+    }
+    assert {name: int(x) for name, x in found.items()} == {
+        name: int(x.count) for name, x in counted.items()
+    }
