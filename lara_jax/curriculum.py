@@ -99,18 +99,6 @@ def spans(stages: Sequence[Stage], steps: int) -> tuple[tuple[Stage, int, int], 
     return tuple(result)
 
 
-def stage_at(stages: Sequence[Stage], steps: int, step: int) -> Stage:
-    """The stage that a step belongs to.
-
-    Raises:
-      ValueError: for a step outside 0..steps-1.
-    """
-    for stage, start, end in spans(stages, steps):
-        if start <= step < end:
-            return stage
-    raise ValueError(f"step {step} is outside 0..{steps - 1}")
-
-
 def paper_stages(
     *,
     explicit: float,
