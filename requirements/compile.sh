@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes requirements.txt and requirements/*.txt anew from pyproject.toml and requirements/rlds.in. Needs `uv`.
 #
-# requirements.txt pins the package and its simulator; dev, torch, tpu and gpu hold only what their extra adds on
+# requirements.txt pins the package and its simulator; dev, lerobot, cloud, torch, tpu and gpu hold only what their extra adds on
 # top of it, so that any of them installs together with it. One set of versions serves Python 3.11 and 3.12: what
 # 3.11 resolves to is resolved again for 3.12, and a difference is an error.
 # convert and rlds hold complete environments: their packages contradict requirements.txt.
@@ -42,6 +42,8 @@ extra() { # name, sentence, arguments of uv...
     --extra "$name" --constraint requirements.txt "${pinned[@]}" "$@"
 }
 extra dev "Tests, linters, types; beside requirements.txt."
+extra lerobot "LeRobot sets: video and parquet; beside requirements.txt."
+extra cloud "Data on gs://, s3:// and http://; beside requirements.txt."
 extra tpu "JAX on TPU; beside requirements.txt."
 extra gpu "JAX on NVIDIA GPUs, CUDA 12 from pip; beside requirements.txt."
 # What torch needs on Linux are CUDA libraries that only some of its builds come with; pip adds them where needed.

@@ -1,0 +1,515 @@
+"""The index of a split on disk: what a dataset's steps are and where their frames lie.
+
+A folder of flat arrays, memory-mapped, beside one JSON header. Nothing is read before it is asked
+for, so that memory does not grow with the dataset::
+
+    index.json        Header: dataset, spec, files with sizes, counts, the arrays' shapes and sums
+    episodes.bin      EPISODE[E]   rows and frames of each episode, its record, its key
+    rows.bin          ROW[N]       standardised steps: which frame, which words, which flags
+    actions.bin       float32[N, A]      states.bin  float32[N, J]
+    frames.<cam>.bin  ENCODED[F] or VIDEO[F] or RECORD[F], stored steps: where the frame lies
+    texts.bin, texts.ends.bin            the distinct strings, UTF-8, one after the other
+    annotations.bin, boxes.bin, ...      reasoning of the rows, where there is any
+
+An episode has T stored steps ("frames") and N <= T rows: `standardize` may drop steps, whose frames
+still serve as the next frame of the row before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from data_pipelines.oxe.spec import DatasetSpec
+from lara_jax.tokenizers.prompt import Annotation
+
+SCHEMA_VERSION = 1
+HEADER_FILE = "index.json"
+
+EPISODE = np.dtype(
+    [
+        ("first_row", "<i8"),
+        ("rows", "<i4"),
+        ("first_frame", "<i8"),
+        ("frames", "<i4"),
+        ("file", "<i4"),  # in Header.files
+        ("record", "<i8"),  # number of the record in its file (LeRobot: the episode's index)
+        ("key", "<i4"),  # text
+        ("success", "i1"),  # 1 yes, 0 no, -1 unknown
+    ]
+)
+ROW = np.dtype(
+    [
+        ("episode", "<i4"),
+        ("frame", "<i4"),  # stored step within the episode
+        ("next_frame", "<i4"),  # likewise; equal to `frame` at the very end
+        ("instruction", "<i4"),  # text
+        ("flags", "u1"),
+    ]
+)
+# Where a frame lies. `crc` is the CRC-32C of the encoded bytes.
+ENCODED = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i4"), ("crc", "<u4")])
+VIDEO = np.dtype([("file", "<i4"), ("pts", "<i8"), ("keyframe_pts", "<i8")])
+RECORD = np.dtype([("file", "<i4"), ("record", "<i8")])
+KINDS: Mapping[str, np.dtype] = {"encoded": ENCODED, "video": VIDEO, "record": RECORD}
+ANNOTATION = np.dtype(
+    [("subtask", "<i4"), ("motion", "<i4"), ("first_box", "<i8"), ("boxes", "u1")]
+)
+# Reasons to leave a row out: bits of ROW.flags, by the filter's name.
+FLAGS: Mapping[str, int] = {
+    "pause": 1,
+    "no_language": 2,
+    "no_annotation": 4,
+    "failed": 8,
+    "bad_frame": 16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """How a camera's frames are stored: `kind` as in KINDS; the size of its first frame, px."""
+
+    kind: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file that the index points into: path relative to the source, bytes, and a checksum.
+
+    The checksum is a CRC-32C over the CRCs that the file's own records carry, as hexadecimal; empty
+    where the format has none.
+    """
+
+    path: str
+    size: int
+    checksum: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayInfo:
+    """Shape, dtype and CRC-32C of one array file."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    crc: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """index.json.
+
+    Attributes:
+      dataset, version, split: of the source.
+      source: its directory or URL when the index was made; frames are read from there unless
+        `Index.open` is given another place.
+      spec: the dataset's definition.
+      cameras: by name.
+      files: what EPISODE.file and the frames' `file` count.
+      counts: "episodes", "rows", "stored_steps", "dropped_steps" (stored steps that are no rows),
+        "empty_episodes", and the rows that carry each flag as "flag:<name>".
+      annotations: what the reasoning came from, empty where there is none.
+      arrays: by file name.
+      schema_version: of this format.
+    """
+
+    dataset: str
+    version: str
+    split: str
+    source: str
+    spec: DatasetSpec
+    cameras: Mapping[str, Camera]
+    files: tuple[SourceFile, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, ArrayInfo] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identifies the content, wherever it lies: SHA-256 of all but `source`."""
+        facts = self.to_dict()
+        del facts["source"]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, for JSON."""
+        return {**asdict(self), "spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Header":
+        """The inverse of `to_dict`."""
+
+        def array(info: Mapping[str, Any]) -> ArrayInfo:
+            dtype = info["dtype"]
+            parsed = dtype if isinstance(dtype, str) else [tuple(entry) for entry in dtype]
+            return ArrayInfo(shape=tuple(info["shape"]), dtype=parsed, crc=info["crc"])
+
+        return cls(
+            **{
+                **values,
+                "spec": DatasetSpec.from_dict(values["spec"]),
+                "cameras": {k: Camera(**v) for k, v in values["cameras"].items()},
+                "files": tuple(SourceFile(**file) for file in values["files"]),
+                "arrays": {k: array(v) for k, v in values["arrays"].items()},
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EpisodeEntry:
+    """One episode on its way into an index: N rows of T stored steps.
+
+    Attributes:
+      key: identifies it in annotation files; may be empty.
+      file, record: where it lies.
+      success: None where unknown.
+      actions: float32[N, A].      states: float32[N, J].
+      frame, next_frame: int32[N], stored steps.
+      instructions: N strings, empty where a step has none.
+      annotations: N annotations, None where a step has none; or () for none at all.
+      flags: uint8[N], bits of FLAGS.
+      frames: by camera, a structured array of KINDS with T entries.
+    """
+
+    key: str
+    file: int
+    record: int
+    success: bool | None
+    actions: np.ndarray
+    states: np.ndarray
+    frame: np.ndarray
+    next_frame: np.ndarray
+    instructions: Sequence[str]
+    annotations: Sequence[Annotation | None]
+    flags: np.ndarray
+    frames: Mapping[str, np.ndarray]
+    stored_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Index:
+    """An index, opened. `Index.open` makes one; it pickles as its folder's name.
+
+    Attributes:
+      folder: where it lies.
+      header: what index.json says.
+      source: the directory or URL that holds the files.
+    """
+
+    folder: Path
+    header: Header
+    source: str
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, source: str | None = None) -> "Index":
+        """Opens an index; the arrays are mapped when they are first used.
+
+        Args:
+          folder: of one split.
+          source: where the files lie now; None for where they were.
+
+        Raises:
+          FileNotFoundError: there is no index.
+          ValueError: the index has another schema version, is incomplete or damaged.
+        """
+        folder = Path(folder)
+        file = folder / HEADER_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is no index: it has no {HEADER_FILE}")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}: "
+                f"run `lara data index` again"
+            )
+        header = Header.from_dict(values)
+        for name, info in header.arrays.items():
+            size = int(np.prod(info.shape, dtype=np.int64)) * np.dtype(info.dtype).itemsize
+            found = (folder / name).stat().st_size if (folder / name).is_file() else -1
+            if found != size:
+                raise ValueError(
+                    f"{folder / name}: {found} bytes, the index says {size}: it is incomplete; "
+                    f"run `lara data index` again"
+                )
+        return cls(folder=folder, header=header, source=source or header.source)
+
+    def __reduce__(self) -> Any:
+        return _reopen, (self.folder, self.source)
+
+    def __len__(self) -> int:
+        return self.header.counts["rows"]
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The dataset."""
+        return self.header.spec
+
+    def array(self, name: str) -> np.ndarray:
+        """An array by its file's name, memory-mapped, read only."""
+        info = self.header.arrays[name]
+        if 0 in info.shape:
+            return np.zeros(info.shape, info.dtype)
+        mapped = np.memmap(self.folder / name, dtype=info.dtype, mode="r", shape=info.shape)
+        return mapped.view(np.ndarray)  # which is quicker to index
+
+    @cached_property
+    def episodes(self) -> np.ndarray:
+        """EPISODE[E]."""
+        return self.array("episodes.bin")
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """ROW[N]."""
+        return self.array("rows.bin")
+
+    @cached_property
+    def actions(self) -> np.ndarray:
+        """float32[N, A], in the data's units."""
+        return self.array("actions.bin")
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """float32[N, J], in the data's units."""
+        return self.array("states.bin")
+
+    @cached_property
+    def frames(self) -> Mapping[str, np.ndarray]:
+        """By camera, where each stored frame lies: ENCODED[F], VIDEO[F] or RECORD[F]."""
+        return {camera: self.array(f"frames.{camera}.bin") for camera in self.header.cameras}
+
+    def episode_of(self, row: int) -> np.void:
+        """The EPISODE of a row."""
+        return self.episodes[int(self.rows[row]["episode"])]
+
+    def instruction(self, row: int) -> str:
+        """The instruction of a row, empty where it has none."""
+        return self._texts(int(self.rows[row]["instruction"]))
+
+    def key(self, episode: int) -> str:
+        """What identifies an episode in annotation files."""
+        return self._texts(int(self.episodes[episode]["key"]))
+
+    def annotation(self, row: int) -> Annotation | None:
+        """The reasoning of a row, None where it has none."""
+        if "annotations.bin" not in self.header.arrays:
+            return None
+        entry = self._annotations[row]
+        first, count = int(entry["first_box"]), int(entry["boxes"])
+        subtask = self._annotation_texts(int(entry["subtask"]))
+        motion = self._annotation_texts(int(entry["motion"]))
+        if not (subtask or motion or count):
+            return None
+        boxes = tuple(tuple(box) for box in self._boxes[first : first + count].tolist())
+        return Annotation(subtask=subtask, boxes=boxes, motion=motion)
+
+    def where(self, row: int) -> str:
+        """Names a row in messages: "/data/x.tfrecord-00000-of-00001, record 3, step 7"."""
+        episode = self.episode_of(row)
+        path = self.header.files[int(episode["file"])].path
+        record, step = int(episode["record"]), int(self.rows[row]["frame"])
+        return f"{self.source}/{path}, record {record}, step {step}"
+
+    @cached_property
+    def _texts(self) -> "_Texts":
+        return _Texts(self.array("texts.bin"), self.array("texts.ends.bin"))
+
+    @cached_property
+    def _annotations(self) -> np.ndarray:
+        return self.array("annotations.bin")
+
+    @cached_property
+    def _annotation_texts(self) -> "_Texts":
+        return _Texts(self.array("annotation_texts.bin"), self.array("annotation_texts.ends.bin"))
+
+    @cached_property
+    def _boxes(self) -> np.ndarray:
+        return self.array("boxes.bin")
+
+
+def _reopen(folder: Path, source: str) -> Index:
+    return Index.open(folder, source=source)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Strings by number, out of one run of bytes."""
+
+    data: np.ndarray
+    ends: np.ndarray
+
+    def __call__(self, number: int) -> str:
+        start = int(self.ends[number - 1]) if number else 0
+        return self.data[start : int(self.ends[number])].tobytes().decode("utf-8")
+
+
+class IndexWriter:
+    """Writes an index, episode by episode; use it as a context and call `finish` at the end.
+
+    The index appears under its name at once, when it is complete.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(
+            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}.")
+        )
+        self._arrays: dict[str, _ArrayFile] = {}
+        self._texts = _TextFile(self, "texts")
+        self._annotation_texts = _TextFile(self, "annotation_texts")
+        self._counts = dict.fromkeys(
+            ("episodes", "rows", "stored_steps", "dropped_steps", "empty_episodes", "boxes"), 0
+        )
+        self._counts |= {f"flag:{name}": 0 for name in FLAGS}
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for array in self._arrays.values():
+            array.file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, entry: EpisodeEntry) -> None:
+        """Appends an episode; one without rows is only counted."""
+        counts, rows, stored = self._counts, len(entry.actions), entry.stored_steps
+        first_frame, number = counts["stored_steps"], counts["episodes"]
+        counts["dropped_steps"] += stored - rows
+        if not rows:
+            counts["empty_episodes"] += 1
+            return
+        success = -1 if entry.success is None else int(entry.success)
+        key = self._texts.number(entry.key)
+        episode = (
+            counts["rows"], rows, first_frame, stored, entry.file, entry.record, key, success
+        )  # fmt: skip
+        self.append("episodes.bin", np.array([episode], EPISODE))
+        table = np.zeros(rows, ROW)
+        table["episode"], table["frame"], table["next_frame"] = (
+            number,
+            entry.frame,
+            entry.next_frame,
+        )
+        table["instruction"] = [self._texts.number(text) for text in entry.instructions]
+        table["flags"] = entry.flags
+        self.append("rows.bin", table)
+        self.append("actions.bin", np.ascontiguousarray(entry.actions, "<f4"))
+        self.append("states.bin", np.ascontiguousarray(entry.states, "<f4"))
+        for camera, frames in entry.frames.items():
+            self.append(f"frames.{camera}.bin", frames)
+        self._add_annotations(entry)
+        counts["episodes"] += 1
+        counts["rows"] += rows
+        counts["stored_steps"] += stored
+        for name, bit in FLAGS.items():
+            counts[f"flag:{name}"] += int(np.count_nonzero(table["flags"] & bit))
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Adds entries to an array file."""
+        if name not in self._arrays:
+            self._arrays[name] = _ArrayFile(self._partial / name, values)
+        self._arrays[name].append(values)
+
+    def finish(self, header: Header) -> Index:
+        """Closes the files and puts the index in its place, instead of an older one.
+
+        Args:
+          header: all but `counts` and `arrays`, which the writer knows.
+        """
+        self._texts.finish()
+        self._annotation_texts.finish()
+        arrays = {name: array.finish() for name, array in sorted(self._arrays.items())}
+        header = replace(header, counts=self._counts, arrays=arrays)
+        text = json.dumps(header.to_dict(), indent=1)
+        (self._partial / HEADER_FILE).write_text(text, encoding="utf-8")
+        if self.folder.exists():
+            # A reader that has the old one mapped keeps it.
+            os.replace(self.folder, self._partial.with_name(self._partial.name + ".old"))
+        os.replace(self._partial, self.folder)
+        shutil.rmtree(self._partial.with_name(self._partial.name + ".old"), ignore_errors=True)
+        return Index.open(self.folder)
+
+    def _add_annotations(self, entry: EpisodeEntry) -> None:
+        """The reasoning of an episode's rows; absent ones are entries of zeros."""
+        table = np.zeros(len(entry.actions), ANNOTATION)
+        for row, annotation in enumerate(entry.annotations):
+            if annotation is None:
+                continue
+            boxes = np.array(annotation.boxes, "<f4").reshape(-1, 4)
+            table[row] = (
+                self._annotation_texts.number(annotation.subtask),
+                self._annotation_texts.number(annotation.motion),
+                self._counts["boxes"],
+                len(boxes),
+            )
+            self._counts["boxes"] += len(boxes)
+            self.append("boxes.bin", boxes)
+        self.append("annotations.bin", table)
+        self.append("boxes.bin", np.zeros((0, 4), "<f4"))
+
+
+class _ArrayFile:
+    """An array file that grows: its length, dtype and running checksum."""
+
+    def __init__(self, path: Path, like: np.ndarray) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115  # closed by `finish` or by the writer
+        self.tail, self.dtype, self.length = like.shape[1:], like.dtype, 0
+        self.crc = google_crc32c.Checksum()
+
+    def append(self, values: np.ndarray) -> None:
+        if values.shape[1:] != self.tail or values.dtype != self.dtype:
+            raise ValueError(
+                f"{self.file.name}: entries of {values.dtype}{values.shape[1:]}, "
+                f"those before are {self.dtype}{self.tail}"
+            )
+        data = values.tobytes()
+        self.file.write(data)
+        self.crc.update(data)
+        self.length += len(values)
+
+    def finish(self) -> ArrayInfo:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        crc = int.from_bytes(self.crc.digest(), "big")
+        return ArrayInfo(shape=(self.length, *self.tail), dtype=descr, crc=crc)
+
+
+class _TextFile:
+    """Distinct strings by number; number 0 is the empty one."""
+
+    def __init__(self, writer: IndexWriter, name: str) -> None:
+        self.writer, self.name = writer, name
+        self.numbers: dict[str, int] = {"": 0}
+
+    def number(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+    def finish(self) -> None:
+        encoded = [text.encode("utf-8") for text in self.numbers]
+        ends = np.cumsum([len(text) for text in encoded]).astype("<i8")
+        self.writer.append(f"{self.name}.bin", np.frombuffer(b"".join(encoded), np.uint8))
+        self.writer.append(f"{self.name}.ends.bin", ends)
+
+
+def write_index(
+    folder: str | os.PathLike[str], header: Header, entries: Iterable[EpisodeEntry]
+) -> Index:
+    """Writes all episodes in order; see `IndexWriter`."""
+    with IndexWriter(folder) as writer:
+        for entry in entries:
+            writer.add(entry)
+        return writer.finish(header)
