@@ -8,11 +8,34 @@ TOML file and a user's own set is another one of the same format.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, get_args, get_origin
+
+from data_pipelines.oxe.rules import parse_rule
+from data_pipelines.oxe.terms import parse, parse_language
+from lara_jax.transforms import MODES
 
 ROLES = ("primary", "secondary", "wrist")
+# What the dimensions mean, in order. The pad and the gripper of a state are there where its terms
+# give them; the gripper is last.
+ACTION_ENCODINGS: Mapping[str, str] = {
+    "EEF_POS": "change of position (3), change of roll pitch yaw (3), gripper",
+    "EEF_R6": "change of position (3), rotation as two rows of its matrix (6), gripper",
+    "JOINT_POS": "change of each joint, gripper",
+    "JOINT_POS_BIMANUAL": "left joints (6), left gripper, right joints (6), right gripper",
+    "JOINT_POS_BIMANUAL_NAV": "as JOINT_POS_BIMANUAL, then linear and angular base velocity",
+    "NAV_2D": "way ahead and to the left",
+}
+STATE_ENCODINGS: Mapping[str, str] = {
+    "NONE": "nothing, zeros",
+    "POS_EULER": "position (3), roll pitch yaw (3), pad, gripper",
+    "POS_QUAT": "position (3), quaternion (4), gripper",
+    "JOINT": "joints (up to 7), pads, gripper",
+    "JOINT_BIMANUAL": "left joints (6), left gripper, right joints (6), right gripper",
+    "POS_NAV": "position (2), yaw",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +60,14 @@ class DatasetSpec:
     Attributes:
       name: as in dataset_info.json.           aliases: other names it is published under.
       robot, source, location, licence, quirks: for people; `location` is a public address.
-      control_hz: steps a second.
+      control_hz: rows a second, after `rows` thinned them out; 0 where nobody says.
       cameras: step feature of each camera, by the camera's name.
       roles: the camera that is the "primary", "secondary" or "wrist" view.
       action, state: terms, joined to the standard vectors (`data_pipelines.oxe.standardize`).
-      rows: rules on whole episodes, in order, such as "drop_first".
-      language: the term that gives the instruction of each step.
-      action_encoding, state_encoding: what the vectors mean, such as "EEF_POS" and "POS_EULER".
+      rows: rules on whole episodes, in order, such as "drop_first" (`data_pipelines.oxe.rules`).
+      language: the term that gives the instruction of each step; empty where there is none.
+      action_encoding, state_encoding: what the vectors mean, of ACTION_ENCODINGS and
+        STATE_ENCODINGS.
       absolute_action: per action dimension, True where it is a position to hold, not a change.
       action_modes, state_modes: how to normalise each dimension (lara_jax.transforms).
       gripper: the raw convention, for people.
@@ -70,11 +94,57 @@ class DatasetSpec:
     state_encoding: str = "POS_EULER"
     absolute_action: tuple[bool, ...] = (False,) * 6 + (True,)
     action_modes: tuple[str, ...] = ("q99",) * 6 + ("none",)
-    state_modes: tuple[str, ...] = ("q99",) * 7 + ("none",)
+    state_modes: tuple[str, ...] = ("q99",) * 8
     gripper: str = ""
     success: str = ""
     episode_key: tuple[str, ...] = ("episode_metadata/file_path", "episode_metadata/episode_id")
     reasoning: ReasoningKeys | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if type(self.control_hz) is int:  # 5 and 5.0 are one fingerprint
+            object.__setattr__(self, "control_hz", float(self.control_hz))
+        self._check_types()
+        if not 0 <= self.control_hz < math.inf:
+            raise self._error(f"control_hz is {self.control_hz!r}; it must be finite, at least 0")
+        for role, camera in self.roles.items():
+            self._check_known("role", [role], ROLES)
+            self._check_known(f"camera of role {role!r}:", [camera], self.cameras)
+        self._check_known("action encoding", [self.action_encoding], ACTION_ENCODINGS)
+        self._check_known("state encoding", [self.state_encoding], STATE_ENCODINGS)
+        self._check_known("mode", (*self.action_modes, *self.state_modes), MODES)
+        if len(self.absolute_action) != self.action_dim:
+            raise self._error(
+                f"absolute_action has {len(self.absolute_action)} dimensions, "
+                f"action_modes {self.action_dim}"
+            )
+        if self.action_encoding == "EEF_POS" and self.action_dim != 7:
+            raise self._error(f"an EEF_POS action has 7 dimensions, not {self.action_dim}")
+        try:
+            terms = [parse(term) for term in (*self.action, *self.state)]
+            for rule in self.rows:
+                parse_rule(rule)
+            if self.language:
+                parse_language(self.language)
+        except ValueError as error:
+            raise self._error(str(error)) from error
+        if not self.state or not any(term.feature for term in terms[: len(self.action)]):
+            raise self._error("the action must read a feature, the state have a term (zeros(n))")
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"dataset {self.name!r}: {message}")
+
+    def _check_known(self, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise self._error(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+
+    def _check_types(self) -> None:
+        """Refuses values of another type: "action" where a list of terms belongs, say."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not _is_of(value, entry.type):
+                kind = getattr(entry.type, "__name__", "") if entry.type in (str, float) else ""
+                raise self._error(f"{entry.name} is {value!r}, not a {kind or entry.type}")
 
     @property
     def action_dim(self) -> int:
@@ -93,16 +163,15 @@ class DatasetSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DatasetSpec":
         """The inverse of `to_dict`."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"dataset definition has unknown fields {unknown}; known: {known}")
+        _check_fields(cls, values, f"dataset {values.get('name', '')!r}")
         plain: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        reasoning = plain.get("reasoning")
-        if reasoning is not None:
-            plain["reasoning"] = ReasoningKeys(**reasoning)
+        if isinstance(plain.get("reasoning"), Mapping):
+            _check_fields(
+                ReasoningKeys, plain["reasoning"], f"dataset {plain['name']!r}, reasoning"
+            )
+            plain["reasoning"] = ReasoningKeys(**plain["reasoning"])
         return cls(**plain)
 
     @property
@@ -112,3 +181,24 @@ class DatasetSpec:
         for prose in ("aliases", "robot", "source", "location", "licence", "quirks", "gripper"):
             facts.pop(prose)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a field's value is of its type: str, tuple[str, ...], Mapping[str, str] and such."""
+    container, items = get_origin(kind), get_args(kind)
+    if container is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, items[0]) for item in value)
+    if container is Mapping:
+        return isinstance(value, Mapping) and all(isinstance(x, str) for x in value.values())
+    return isinstance(value, kind)
+
+
+def _check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
+    """Refuses a definition with fields that there are not, or without those there must be."""
+    known = {entry.name: entry.default is MISSING for entry in fields(cls)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(
+            f"{what}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}"
+        )
+    if missing := [name for name, needed in known.items() if needed and name not in values]:
+        raise ValueError(f"{what}: field(s) {', '.join(missing)} missing")
