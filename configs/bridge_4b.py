@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.model.action_horizon = 16
     config.model.state_dim = 8
 
-    config.data.views = ("image_0",)
+    config.data.views = ("primary",)
     config.data.batch_size = 128
     config.data.prefix_tokens = 192
 

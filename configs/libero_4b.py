@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.model.action_horizon = 8
     config.model.state_dim = 7
 
-    config.data.views = ("image", "wrist_image")
+    config.data.views = ("primary", "wrist")
     config.data.batch_size = 128
     config.data.prefix_tokens = 256
 

@@ -35,10 +35,19 @@ def get_config() -> ConfigDict:
     config.model.action_horizon = 16
     config.model.state_dim = 8
 
-    config.data.views = ("image_0",)
+    config.data.mixture = "openvla:oxe_magic_soup_plus"
+    config.data.filters = ("no_language",)
+    config.data.frame_px = (256, 256)
     config.data.batch_size = 1024
     config.data.prefix_tokens = 192
     config.data.num_threads = 32
+
+    # OpenVLA's ranges (its RLDS configuration, commit c8f03f4).
+    config.augment.crop_area = (0.9, 0.9)
+    config.augment.brightness = 0.2
+    config.augment.contrast = (0.8, 1.2)
+    config.augment.saturation = (0.8, 1.2)
+    config.augment.hue = 0.05
 
     config.checkpoint.every_steps = 5000
     return config.lock()

@@ -5,6 +5,10 @@ import importlib
 from collections.abc import Sequence
 
 VERBS: dict[str, tuple[str, str]] = {
+    "index": ("data_pipelines.index.cli", "index a dataset: where its steps and frames lie"),
+    "stats": ("data_pipelines.statistics", "statistics of actions and states"),
+    "inspect": ("data_pipelines.inspect_page", "an HTML page that shows datasets"),
+    "annotate": ("data_pipelines.annotate.annotate", "make reasoning annotations of a dataset"),
     "make-tabletop": (
         "data_pipelines.make_tabletop",
         "write an RLDS dataset of the built-in tabletop",

@@ -1,149 +1,252 @@
-"""From a table of episodes to batches: the grain chain, read top to bottom in `Loader.batches`.
+"""From a mixture of steps to batches: the grain chain, read top to bottom in `Loader.iterate`.
 
-Everything is a function of an index, so batch n of a run is a function of (seed, n) and nothing
-else: not of the number of threads, nor of where a run was stopped. The position to save is one
-integer, the number of batches taken.
+Everything is a function of a position in the stream, so batch n of a run is a function of (mixture,
+n) and nothing else: not of the number of hosts, worker processes or threads, nor of where a run was
+stopped. What to save is one integer, the number of samples taken, and the mixture's fingerprint.
 
-    step index --shuffle--> sample of the StepSource --row--> arrays --batch--> Batch
+    position --place in batch--> sample of the MixtureSource --row--> arrays, B of them --> Batch
+
+grain deals positions to hosts like cards: of a batch of B = 8, host 0 of 2 gets 0 2 4 6 and host 1
+gets 1 3 5 7. The hosts' parts, one after the other, shall be the batch in its one order, so the
+cards are numbered such that host 0 finds samples 0 1 2 3 and host 1 finds 4 5 6 7.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
-from data_pipelines.episodes import StepSource
+from data_pipelines.mixture import MixtureSource
 from lara_jax.batch import Batch
 from lara_jax.tokenizers.prompt import Annotation
-from lara_jax.transforms import Normalizer, pad_state
+from lara_jax.transforms import Normalizer
 
 # (instruction, annotation) -> prefix_ids, prefix_mask, suffix_ids, suffix_mask, loss_mask.
 Prompt = Callable[[str, Annotation | None], dict[str, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in the stream; what a checkpoint keeps.
+
+    Attributes:
+      samples: how many were taken, over all hosts.
+      fingerprint: of the mixture they were taken from.
+    """
+
+    samples: int
+    fingerprint: str
+
+    def check(self, fingerprint: str, *, allow_changed: bool = False) -> None:
+        """Refuses to go on in another stream.
+
+        Args:
+          fingerprint: of the mixture to go on with.
+          allow_changed: go on at the same number of samples whatever the stream.
+
+        Raises:
+          ValueError: the streams differ.
+        """
+        if self.fingerprint != fingerprint and not allow_changed:
+            raise ValueError(
+                f"the data is not what this run has trained on so far (fingerprint "
+                f"{fingerprint[:12]}, the checkpoint's is {self.fingerprint[:12]}): its index, "
+                f"split, filters, views, image size, action chunk, weights, balance or seed have "
+                f"changed, so that steps would be repeated or left out. Restore the settings, "
+                f"start a new run, or allow changed data"
+            )
+
+    def steps(self, batch_size: int) -> int:
+        """The number of batches of this size that were taken.
+
+        Raises:
+          ValueError: it is not a whole number.
+        """
+        steps, rest = divmod(self.samples, batch_size)
+        if rest:
+            raise ValueError(
+                f"batch_size is {batch_size}; the checkpoint was written after {self.samples} "
+                f"samples, which is no multiple of it"
+            )
+        return steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Batches of a step source.
+    """Batches of a mixture.
 
     Attributes:
       source: the steps.
       prompt: makes token ids of an instruction and an annotation; a ValueError of its is raised
         with the sample's name in front.
-      action_normalizer, state_normalizer: from the training split's statistics.
+      normalizers: of actions and of states, from the training split's statistics, by dataset.
       state_dim: the model's state width; a narrower state is padded with zeros on the right.
-      batch_size: rows of a batch.
-      seed: of the shuffle, in [0, 2**32).
-      num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
+      batch_size: rows of a batch, over all hosts.
+      num_threads: threads of a process that prepare batches ahead; 0 prepares each when it is
+        asked for.
+      num_workers: processes that prepare batches ahead; 0 for none but this one. They start by
+        importing the main program, which must do its work under `if __name__ == "__main__"`.
+      host: number of this host, and of hosts; this one gets its part of each batch.
     """
 
-    source: StepSource
+    source: MixtureSource
     prompt: Prompt
-    action_normalizer: Normalizer
-    state_normalizer: Normalizer
+    normalizers: Mapping[str, tuple[Normalizer, Normalizer]]
     state_dim: int
     batch_size: int
-    seed: int = 0
     num_threads: int = 2
+    num_workers: int = 0
+    host: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        data_state_dim = len(self.source.table.spec.state_columns)
-        if data_state_dim > self.state_dim:
+        number, hosts = self.host
+        if not 0 <= number < hosts:
+            raise ValueError(f"host {number} of {hosts}; hosts count from 0")
+        if self.batch_size < 1 or self.batch_size % hosts:
             raise ValueError(
-                f"the data's state is {data_state_dim} wide, "
-                f"the model's state_dim is {self.state_dim}"
+                f"batch_size is {self.batch_size}; it must be positive and a multiple of the "
+                f"number of hosts, {hosts}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**32)")
+        for name in ("num_threads", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for source in self.source.sources:
+            spec = source.index.spec
+            if source.name not in self.normalizers:
+                raise ValueError(
+                    f"dataset {source.name!r} has no normalizers; there are some for "
+                    f"{', '.join(sorted(self.normalizers)) or 'none'}"
+                )
+            widths = tuple(n.statistics.width for n in self.normalizers[source.name])
+            if widths != (spec.action_dim, spec.state_dim):
+                raise ValueError(
+                    f"dataset {source.name!r}: actions and states are {spec.action_dim} and "
+                    f"{spec.state_dim} wide, its statistics {widths[0]} and {widths[1]}"
+                )
+            if spec.state_dim > self.state_dim:
+                raise ValueError(
+                    f"dataset {source.name!r}: its state is {spec.state_dim} wide, "
+                    f"the model's state_dim is {self.state_dim}"
+                )
 
-    def batches(self) -> grain.MapDataset:
-        """The endless training set: batch n by index, each epoch in its own order.
+    @property
+    def host_rows(self) -> slice:
+        """This host's rows of a batch."""
+        number, hosts = self.host
+        size = self.batch_size // hosts
+        return slice(number * size, (number + 1) * size)
 
-        Raises:
-          ValueError: the source has fewer steps than a batch.
-        """
-        if len(self.source) < self.batch_size:
-            raise ValueError(f"{self.source}: fewer steps than a batch of {self.batch_size}")
-        return (
-            grain.MapDataset.source(self.source)
-            .seed(self.seed)
-            .shuffle()
-            .repeat()
-            .map(self.row)
-            .batch(self.batch_size)
-            .map(_to_batch)
-        )
+    def position(self, step: int) -> Position:
+        """Where the stream stands after `step` batches."""
+        return Position(samples=step * self.batch_size, fingerprint=self.source.fingerprint)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Training batches without end, from batch `start_step` on.
+        """This host's part of the training batches, without end, from batch `start_step` on.
 
         Args:
           start_step: how many batches were already taken.
 
         Raises:
-          ValueError: at once, where `batches` does or `start_step` is negative.
+          ValueError: at once, where the mixture has sets that cannot come up, or `start_step` is
+            negative.
         """
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}; it must not be negative")
-        return self._prefetch(self.batches().slice(slice(start_step, None)))
+        _ = self.source.draws  # checks the mixture
+        batches = iter(self.dataset())
+        batches.set_state({"global_next_index": start_step * self.batch_size})
+        return self._batches(batches)
+
+    def dataset(self, samples: int = sys.maxsize) -> grain.experimental.ElasticIterator:
+        """The grain dataset behind `iterate`: this host's part of the batches of so many samples,
+        as dicts of arrays."""
+        return self._chain(self.source.__getitem__, samples)
 
     def epoch(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Every step once, in order, for evaluation.
+        """Every step of every set once, in order, for evaluation.
 
         Yields:
-          A full batch and bool[B], True at rows to count: the last batch is filled up with its last
-          step.
+          This host's part of a batch, and bool[B / hosts], True at rows to count: the last batch is
+          filled up with the last step.
         """
-        steps = len(self.source)
-        starts = range(0, steps, self.batch_size)
-        batches = (
-            grain.MapDataset.range(len(starts) * self.batch_size)
-            .map(lambda index: self.row(self.source[min(index, steps - 1)]))
-            .batch(self.batch_size)
-            .map(_to_batch)
-        )
-        for start, batch in zip(starts, self._prefetch(batches), strict=True):
-            yield batch, np.arange(start, start + self.batch_size) < steps
+        steps = self.source.steps
+        numbers = np.arange(-(-steps // self.batch_size) * self.batch_size)
+        dataset = self._chain(lambda number: self.source.step(min(number, steps - 1)), len(numbers))
+        batches = numbers.reshape(-1, self.batch_size)[:, self.host_rows]
+        for batch, rows in zip(self._batches(iter(dataset)), batches, strict=True):
+            yield batch, rows < steps
 
     def row(self, sample: dict[str, Any]) -> dict[str, np.ndarray]:
-        """One sample of the source as the arrays of a batch's row: normalised, padded,
-        tokenised."""
-        actions = self.action_normalizer.normalize(sample["actions"])
-        # Past the end, relative dimensions are 0 as the model sees it (Octo and OpenVLA do the
-        # same).
-        relative = ~np.array(self.source.table.spec.absolute_action)
-        actions[~sample["action_mask"][:, None] & relative] = 0
-        state = pad_state(self.state_normalizer.normalize(sample["state"]), self.state_dim)
+        """One sample as the arrays of a batch's row, still in the data's units: the state padded,
+        the words tokenised."""
+        dataset, sample_id = sample["dataset"], sample["sample_id"]
         try:
             tokens = self.prompt(sample["instruction"], sample["annotation"])
         except ValueError as error:
-            where = self.source.table.where(sample["sample_id"])
-            raise ValueError(f"{where}: {error}") from error
-        frames = {k: sample[k] for k in ("images", "view_mask", "next_images", "next_mask")}
-        return {
-            **frames,
-            "state": state,
-            "actions": actions,
-            "action_mask": sample["action_mask"],
-            **tokens,
-            "sample_id": np.int32(sample["sample_id"]),
-        }
+            raise ValueError(f"{self.source.where(dataset, sample_id)}: {error}") from error
+        words = {"instruction", "annotation"}
+        # Next frames that were not read are the frames themselves: `batch` needs no copy of them.
+        left_out = words if self.source.sources[dataset].next_frames else words | {"next_images"}
+        arrays = {name: value for name, value in sample.items() if name not in left_out}
+        state = np.zeros(self.state_dim, np.float32)
+        state[: len(sample["state"])] = sample["state"]
+        numbers = {"dataset": np.int32(dataset), "sample_id": np.int32(sample_id)}
+        return {**arrays, **tokens, **numbers, "state": state}
 
-    def _prefetch(self, batches: grain.MapDataset) -> Iterator[Batch]:
-        """Iterates with threads that work ahead by two batches each."""
-        options = grain.ReadOptions(
-            num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads
+    def batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Batched rows as the model reads them: actions and states normalised, set by set."""
+        actions, states = np.array(rows["actions"]), np.array(rows["state"])
+        for dataset in np.unique(rows["dataset"]):
+            source = self.source.sources[dataset]
+            action_normalizer, state_normalizer = self.normalizers[source.name]
+            a, j = action_normalizer.statistics.width, state_normalizer.statistics.width
+            of = np.flatnonzero(rows["dataset"] == dataset)
+            own = action_normalizer.normalize(actions[of, :, :a])
+            # Past the end, relative dimensions are 0 as the model sees it (Octo and OpenVLA do the
+            # same).
+            own[~rows["action_mask"][of, :, :a] & ~source.absolute] = 0
+            actions[of, :, :a] = own
+            states[of, :j] = state_normalizer.normalize(states[of, :j])
+        changed = {"actions": actions, "state": states}
+        return Batch(**{"next_images": rows["images"], **rows, **changed})
+
+    def _chain(
+        self, sample: Callable[[int], dict[str, Any]], samples: int
+    ) -> grain.experimental.ElasticIterator:
+        """Positions dealt to hosts, made samples, made rows, put into batches ahead of time."""
+        number, hosts = self.host
+        workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
+        if self.num_workers and not flags.FLAGS.is_parsed():
+            # grain looks at its own absl flags, which our command line does not set.
+            flags.FLAGS.mark_as_parsed()
+        return grain.experimental.ElasticIterator(
+            # One map, as each costs as much as the step's numbers do.
+            grain.MapDataset.range(samples).map(lambda card: self.row(sample(self._place(card)))),
+            global_batch_size=self.batch_size,
+            shard_options=grain.sharding.ShardOptions(number, hosts),
+            # Both options count batches.
+            read_options=grain.ReadOptions(
+                num_threads=self.num_threads,
+                prefetch_buffer_size=self.num_threads + 1 if self.num_threads else 0,
+            ),
+            multiprocessing_options=workers if self.num_workers else None,
         )
-        iterator = iter(batches.to_iter_dataset(options))
+
+    def _place(self, card: int) -> int:
+        """The position in the stream of what grain deals to host `card` mod n: see the top."""
+        hosts = self.host[1]
+        batch, place = divmod(card, self.batch_size)
+        slot, host = divmod(place, hosts)
+        return batch * self.batch_size + host * (self.batch_size // hosts) + slot
+
+    def _batches(self, rows: grain.DatasetIterator) -> Iterator[Batch]:
+        """The batches of grain's iterator; its threads and processes end with them."""
         try:
-            yield from iterator
+            for arrays in rows:
+                yield self.batch(arrays)
         finally:
-            iterator.close()
-
-
-def _to_batch(rows: dict[str, np.ndarray]) -> Batch:
-    """The batched arrays under the contract's names."""
-    return Batch(**rows)
+            rows.close()

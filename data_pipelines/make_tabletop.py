@@ -135,7 +135,7 @@ def episode_values(records: Sequence[Record], file_path: str) -> dict[str, Any]:
     numbers = np.arange(len(records))
     is_last = numbers == len(records) - 1
     return {
-        "steps/observation/image": [record.observation["image"] for record in records],
+        "steps/observation/image": [record.observation["primary"] for record in records],
         "steps/observation/state": [record.observation["state"] for record in records],
         "steps/action": [record.expert.action for record in records],
         "steps/language_instruction": [record.observation["instruction"] for record in records],

@@ -33,12 +33,14 @@ class Batch:
         it.
       state: float32[B, J], normalised proprioceptive state.
       actions: float32[B, C, A], normalised action chunk that starts at the current step.
-      action_mask: bool[B, C], True where the action lies inside the episode.
+      action_mask: bool[B, C, A], True where the number is the data's own: inside the episode, and a
+        dimension that the dataset has.
       prefix_ids: int32[B, P] token ids, left-padded.   prefix_mask: bool[B, P], True at real
         tokens.
       suffix_ids: int32[B, S] token ids, right-padded.  suffix_mask: bool[B, S], True at real
         tokens.
       loss_mask: bool[B, S], True at suffix tokens that carry cross-entropy.
+      dataset: int32[B], the number of the dataset in the mixture.
       sample_id: int32[B], the dataset's running index of the step, for reports of bad samples.
     """
 
@@ -54,6 +56,7 @@ class Batch:
     suffix_ids: Array
     suffix_mask: Array
     loss_mask: Array
+    dataset: Array
     sample_id: Array
 
     @property
@@ -86,11 +89,12 @@ def spec(
         next_mask=of(jnp.bool_, views),
         state=of(jnp.float32, state_dim),
         actions=of(jnp.float32, action_horizon, action_dim),
-        action_mask=of(jnp.bool_, action_horizon),
+        action_mask=of(jnp.bool_, action_horizon, action_dim),
         prefix_ids=of(jnp.int32, prefix_tokens),
         prefix_mask=of(jnp.bool_, prefix_tokens),
         suffix_ids=of(jnp.int32, suffix_tokens),
         suffix_mask=of(jnp.bool_, suffix_tokens),
         loss_mask=of(jnp.bool_, suffix_tokens),
+        dataset=of(jnp.int32),
         sample_id=of(jnp.int32),
     )

@@ -3,7 +3,7 @@
     DIR/checkpoints/<step>/
       params/        the model's parameters, float32          (Orbax)
       training/      step, optimizer, EMA teacher, random key (Orbax; absent in imported weights)
-      position/      where the data stands: one integer       (JSON, like the three below)
+      position/      where the data stands: samples taken     (JSON, like the three below)
       statistics/    what actions and states are scaled by
       tokenizer/     its files
       recipe/        every setting of the run
@@ -47,18 +47,20 @@ class RunInfo:
       recipe: the run's settings.
       statistics: plain JSON values, as the data pipeline made them.
       tokenizer: text of each file of the tokenizer, by file name.
-      position: steps of data consumed.
+      samples: how many the run has taken from its stream of steps.
+      stream: fingerprint of that stream (`MixtureSource.fingerprint`); empty before training.
     """
 
     recipe: Recipe
     statistics: Mapping[str, Any]
     tokenizer: Mapping[str, str]
-    position: int = 0
+    samples: int = 0
+    stream: str = ""
 
     def to_items(self) -> dict[str, Any]:
         """JSON values by checkpoint item."""
         return {
-            "position": {"steps": self.position},
+            "position": {"samples": self.samples, "stream": self.stream},
             "statistics": dict(self.statistics),
             "tokenizer": dict(self.tokenizer),
             "recipe": recipe_to_dict(self.recipe),
@@ -200,7 +202,8 @@ def load_info(directory: str | Path, step: int | None = None) -> RunInfo:
         recipe=recipe_from_dict(items["recipe"]),
         statistics=items["statistics"],
         tokenizer=items["tokenizer"],
-        position=items["position"]["steps"],
+        samples=items["position"]["samples"],
+        stream=items["position"]["stream"],
     )
 
 

@@ -9,13 +9,11 @@ the dataclasses below; nothing after that looks a name up in a dictionary or cha
 Defaults live here and nowhere else. Nothing here imports JAX: a recipe is readable anywhere.
 """
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lara_jax.curriculum import Stage
+from lara_jax.plain_values import build, dotted, override
 
 MAX_SLOTS = 32
 COMPONENTS = ("SUBTASK", "BBOX", "REASON")
+UNCHANGED = (1.0, 1.0)
+FILTERS = ("pause", "no_language", "no_annotation", "failed", "bad_frame")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -146,9 +147,23 @@ class DataConfig:
     """What is read, and how much of it at a time.
 
     Attributes:
-      path: an RLDS/TFDS version directory.
+      path: directory or URL of a dataset (an RLDS/TFDS version directory, or a LeRobot one); with
+        `mixture`, of the folder that holds its datasets by name.
+      mixture: name of a mixture, built in or from `definitions`; empty for the dataset at `path`.
+      definitions: TOML file with datasets and mixtures of one's own; empty for none.
+      balance: how often a mixture shows a dataset: "size", its weight times its steps, or "none",
+        its weight alone.
       split: trained on.                         eval_split: held out.
-      views: names of the cameras, the primary one first; () takes the dataset's default ones.
+      views: cameras by role ("primary", "secondary", "wrist") or by name; "primary@-2" is the
+        frame two steps earlier. The first is the primary view.
+      filters: steps to leave out: "pause", "no_language", "no_annotation", "failed", "bad_frame".
+      chunk_hz: actions a second in a chunk, reached by joining a faster dataset's actions; 0 keeps
+        each dataset's own rate.
+      frame_px: (height, width) that every frame is brought to before batching; () demands that all
+        frames have one size.
+      mixed_action_spaces: let datasets of different action encodings share a batch.
+      allow_changed_stream: resume although the data would come in another order.
+      num_workers: reading processes; 0 reads in this one.
       batch_size: rows of a step over all devices and accumulation steps.
       prefix_tokens: P, room for chat, view tokens and instruction.
       suffix_tokens: S, room after the slots where a stage does not set its own.
@@ -158,9 +173,18 @@ class DataConfig:
     """
 
     path: str = ""
+    mixture: str = ""
+    definitions: str = ""
+    balance: str = "size"
     split: str = "train"
     eval_split: str = "val"
-    views: tuple[str, ...] = ()
+    views: tuple[str, ...] = ("primary",)
+    filters: tuple[str, ...] = ()
+    chunk_hz: float = 0.0
+    frame_px: tuple[int, ...] = ()
+    mixed_action_spaces: bool = False
+    allow_changed_stream: bool = False
+    num_workers: int = 0
     batch_size: int = 8
     prefix_tokens: int = 192
     suffix_tokens: int = 64
@@ -176,8 +200,68 @@ class DataConfig:
             suffix_tokens=self.suffix_tokens,
             min_pixels=self.min_pixels,
         )
-        _at_least(0, num_threads=self.num_threads)
+        _at_least(
+            0, num_threads=self.num_threads, num_workers=self.num_workers, chunk_hz=self.chunk_hz
+        )
+        _one_of("balance", self.balance, ("size", "none"))
+        for name in self.filters:
+            _one_of("filters", name, FILTERS)
+        _check(bool(self.views), "views must name at least one camera")
         _size("resize_px", self.resize_px)
+        _size("frame_px", self.frame_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Ranges to draw from; as they stand here, nothing is changed.
+
+    OpenVLA trains with crop_area (0.9, 0.9), brightness 0.2, contrast and saturation (0.8, 1.2) and
+    hue 0.05.
+
+    Attributes:
+      crop_area: the crop's area, as a part of the image's, in (0, 1].
+      crop_ratio: the crop's width to height, relative to the image's; drawn uniformly in log. A
+        crop that would stick out is cut at the image's border.
+      brightness: largest change up or down, of a range of 1.
+      contrast, saturation: factors.
+      hue: largest change, in turns, at most 0.5.
+    """
+
+    crop_area: tuple[float, float] = UNCHANGED
+    crop_ratio: tuple[float, float] = UNCHANGED
+    brightness: float = 0.0
+    contrast: tuple[float, float] = UNCHANGED
+    saturation: tuple[float, float] = UNCHANGED
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "crop_area": (1e-4, 1.0),
+            "crop_ratio": (1e-2, 1e2),
+            "contrast": (0.0, math.inf),
+            "saturation": (0.0, math.inf),
+        }
+        for name, (least, most) in limits.items():
+            low, high = getattr(self, name)
+            if not least <= low <= high <= most:
+                raise ValueError(
+                    f"{name} is {low, high}; allowed: {least} <= low <= high <= {most}"
+                )
+        for name, most in (("brightness", 1.0), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed 0..{most}")
+
+    @property
+    def crops(self) -> bool:
+        """Whether crops can differ from the whole image."""
+        return self.crop_area != UNCHANGED or self.crop_ratio != UNCHANGED
+
+    @property
+    def recolours(self) -> bool:
+        """Whether colours can change."""
+        return (
+            bool(self.brightness or self.hue) or not self.contrast == self.saturation == UNCHANGED
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +406,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -389,8 +474,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if entry.default is not dataclasses.MISSING
     }
     values["stages"] = {name: stage_defaults | stage for name, stage in values["stages"].items()}
-    for override in overrides:
-        _override(values, override)
+    for change in overrides:
+        override(values, change)
     return recipe_from_dict({"name": path.stem, **values})
 
 
@@ -424,106 +509,13 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     names = tuple(values.get("train", {}).get("stages", ()))
     missing = [name for name in names if name not in listed]
     _check(not missing, f"train.stages names {missing}; config.stages has {sorted(listed)}")
-    stages = tuple(_build(Stage, {"name": n, **listed[n]}, f"config.stages.{n}") for n in names)
-    return _build(Recipe, values | {"stages": stages}, "config")
+    stages = tuple(build(Stage, {"name": n, **listed[n]}, f"config.stages.{n}") for n in names)
+    return build(Recipe, values | {"stages": stages}, "config")
 
 
 def recipe_changes(old: Recipe, new: Recipe) -> list[str]:
     """What differs, as lines like "train.steps: 100 -> 200"."""
-    before, after = _dotted(recipe_to_dict(old)), _dotted(recipe_to_dict(new))
+    before, after = dotted(recipe_to_dict(old)), dotted(recipe_to_dict(new))
     keys = sorted(before.keys() | after.keys())
     changed = [key for key in keys if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
-
-
-def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass from plain values, recursively."""
-    hints = typing.get_type_hints(kind)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        raise ValueError(
-            f"unknown key {where}.{unknown[0]}{_nearest(unknown[0], hints, f'{where}.')}"
-        )
-    built = {
-        key: _build(hints[key], value, f"{where}.{key}")
-        if dataclasses.is_dataclass(hints[key])
-        else _convert(value, hints[key], f"{where}.{key}")
-        for key, value in values.items()
-    }
-    try:
-        return kind(**built)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Checks a plain value against its annotation; lists become tuples, whole numbers floats."""
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a tuple, got {value!r}")
-        kinds = typing.get_args(hint)
-        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-        if len(kinds) != len(value):
-            raise ValueError(f"{where} must have {len(kinds)} values, got {value!r}")
-        return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        wanted = getattr(hint, "__name__", hint)
-        if not dataclasses.is_dataclass(hint):
-            raise ValueError(f"{where} must be {wanted}, got {value!r}")
-    return value
-
-
-def _nearest(key: str, known: Iterable[str], prefix: str) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train.steps": 10, ...} of nested values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Sets one value in place, read as the type of the value it replaces."""
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise ValueError(f"--config.{override}: write --config.key=value")
-    known = _dotted(values)
-    if key not in known:
-        raise ValueError(f"unknown key config.{key}{_nearest(key, known, 'config.')}")
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values[section]
-    values[last] = _parse(text, type(known[key]), f"--config.{key}")
-
-
-def _parse(text: str, kind: type, where: str) -> Any:
-    """A command-line value of the wanted type."""
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{where} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    if kind is tuple and not text.startswith("("):
-        return tuple(_literal(part.strip()) for part in text.split(",") if part.strip())
-    value = _literal(text)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} must be {kind.__name__}, got {text!r}")
-    return value
-
-
-def _literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text

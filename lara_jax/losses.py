@@ -2,7 +2,7 @@
 
     token   cross-entropy of what stands after the slots            -log p(suffix_i | before)
     visual  mean |imagined - teacher| over rows with a next frame   L1 in feature space
-    action  mean (v_hat - v)^2 over valid steps of the chunk        flow matching, v = a - e
+    action  mean (v_hat - v)^2 over valid numbers of the chunk      flow matching, v = a - e
 
 All in float32. Letters: B batch, S suffix, V vocabulary, Q <img_next> tokens, D width, R noise
 draws, C chunk, A action.
@@ -56,28 +56,27 @@ def visual_loss(imagined: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
 
 
 def action_loss(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
-    """Squared error summed over valid steps of the chunk and all noise draws.
+    """Squared error summed over valid numbers of the chunk and all noise draws.
 
     Args:
       velocity: float32[B, R, C, A].
       target: float32[B, R, C, A].
-      mask: bool[B, C].
+      mask: bool[B, C, A].
     """
     error = jnp.square(velocity - target)
-    numbers = velocity.shape[1] * velocity.shape[3]
-    return Sum(jnp.where(mask[:, None, :, None], error, 0).sum(), mask.sum() * numbers)
+    return Sum(jnp.where(mask[:, None], error, 0).sum(), mask.sum() * velocity.shape[1])
 
 
-def counts(batch: Batch, *, visual_numbers: int, action_numbers: int) -> dict[str, jax.Array]:
+def counts(batch: Batch, *, visual_numbers: int, noise_draws: int) -> dict[str, jax.Array]:
     """What the three losses of a whole batch are divided by, known before any forward pass.
 
     Args:
       batch: the batch, of any number of rows.
       visual_numbers: Q * D, numbers in one imagined frame.
-      action_numbers: R * A, numbers at one step of the chunk.
+      noise_draws: R, of each sample.
     """
     return {
         "token": batch.loss_mask.sum(),
         "visual": batch.next_mask[:, 0].sum() * visual_numbers,
-        "action": batch.action_mask.sum() * action_numbers,
+        "action": batch.action_mask.sum() * noise_draws,
     }

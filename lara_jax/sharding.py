@@ -237,3 +237,15 @@ def batch_sharding(mesh: Mesh, tree: Any, pieces: int = 1) -> Any:
         return named_sharding(mesh, ("batch", *[None] * (len(leaf.shape) - 1)), leaf.shape)
 
     return jax.tree.map(rows, tree)
+
+
+def put(batch: Any, shardings: Any) -> Any:
+    """A batch on the devices; every process gives the rows of its own devices.
+
+    Args:
+      batch: NumPy arrays: this process's rows, in the order of the batch.
+      shardings: from `batch_sharding`.
+    """
+    return jax.tree.map(
+        lambda leaf, where: jax.make_array_from_process_local_data(where, leaf), batch, shardings
+    )

@@ -27,14 +27,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from data_pipelines.episodes import EpisodeTable, StepSource, load_episodes
-from data_pipelines.loader import Loader
-from data_pipelines.stats import DatasetStatistics, dataset_statistics, normalizers
+from data_pipelines.loader import Loader, Position
+from data_pipelines.mixture import MixtureSource
 from lara_jax import assemble, sharding
 from lara_jax.batch import Batch
 from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, restore_params
 from lara_jax.config import Recipe, load_recipe, recipe_changes, split_overrides
 from lara_jax.curriculum import Stage, spans
+from lara_jax.data import (
+    make_loader,
+    open_mixture,
+    statistics_from_dict,
+    statistics_of,
+    statistics_to_dict,
+)
 from lara_jax.metrics import MetricsWriter, check_finite
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import learning_rates, make_optimizer
@@ -73,8 +79,8 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
     with contextlib.ExitStack() as stack:
         keep = recipe.checkpoint.keep
         store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, keep=keep)))
-        info, table = open_data(recipe, workdir, store)
-        lessons = make_lessons(recipe, info, table)
+        info, source = open_data(recipe, workdir, store)
+        lessons = make_lessons(recipe, info, source)
 
         model, optimizer = lessons[0].model, make_optimizer(recipe)
         init = partial(init_state, model, optimizer, teacher=recipe.teacher.enabled)
@@ -85,6 +91,8 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
         stack.enter_context(jax.set_mesh(mesh))
         state = first_state(recipe, store, init, shapes, shardings)
         step = int(state.step)
+        # Batches taken from the stream less steps done: not 0 once the batch size has changed.
+        ahead = Position(info.samples, info.stream).steps(recipe.data.batch_size) - step
         log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
         for lesson in lessons:
             rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
@@ -94,8 +102,8 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 out_shardings=(shardings, sharding.replicated(mesh)),
                 donate_argnums=0,
             )
-            for batch in lesson.batches(step):
-                state, metrics = train_step(state, jax.device_put(batch, rows))
+            for batch in lesson.batches(step, ahead):
+                state, metrics = train_step(state, sharding.put(batch, rows))
                 step += 1
                 last = step == recipe.train.steps or asked_to_stop()
                 save = last or step % recipe.checkpoint.every_steps == 0
@@ -103,7 +111,8 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 if save or step % recipe.log.every_steps == 0:
                     log.write(step, lesson.stage, metrics, batch)
                 if save:
-                    store.save(step, state, dataclasses.replace(info, position=step))
+                    taken = lesson.loader.position(step + ahead)
+                    store.save(step, state, dataclasses.replace(info, samples=taken.samples))
                 if last:
                     return state
         return state
@@ -120,52 +129,55 @@ class Lesson:
     loader: Loader
     spec: Batch
 
-    def batches(self, step: int) -> Iterator[Batch]:
-        """The batches of its steps from `step` on; none when the run is past it."""
+    def batches(self, step: int, ahead: int = 0) -> Iterator[Batch]:
+        """The batches of its steps from `step` on; none when the run is past it.
+
+        Args:
+          step: of the run.
+          ahead: number of the batch that step 0 would have had.
+        """
         if step < self.end:
-            yield from islice(self.loader.iterate(step), self.end - step)
+            yield from islice(self.loader.iterate(step + ahead), self.end - step)
 
 
 def open_data(
     recipe: Recipe, workdir: Path, store: CheckpointStore
-) -> tuple[RunInfo, EpisodeTable]:
-    """The episodes, and what checkpoints hold about them.
+) -> tuple[RunInfo, MixtureSource]:
+    """The stream of steps, and what checkpoints hold about it.
 
     A run that resumes keeps the statistics and the tokenizer it started with: they are part of
-    the model.
+    the model. It goes on in the same stream, at the sample after the last one it took.
     """
-    if not recipe.data.path:
-        raise ValueError("config.data.path is empty: give --config.data.path=DIRECTORY")
-    table = load_episodes(recipe.data.path, recipe.data.split, views=recipe.data.views)
-    _say(
-        f"{table.steps} steps in {len(table.episodes)} episodes of {table.spec.name}; "
-        f"{table.dropped_steps} stored steps are not trained on"
-    )
+    source = open_mixture(recipe, recipe.data.split)
     step = store.latest()
     if step is not None and store.has_training(step):
         saved = load_info(workdir, step)
-        _refuse_another_model(workdir, saved, recipe, table)
+        _refuse_another_model(workdir, saved, recipe, source)
         for change in recipe_changes(saved.recipe, recipe):
             _say(f"changed since the checkpoint: {change}")
-        return dataclasses.replace(saved, recipe=recipe), table
+        Position(saved.samples, saved.stream).check(
+            source.fingerprint, allow_changed=recipe.data.allow_changed_stream
+        )
+        return dataclasses.replace(saved, recipe=recipe, stream=source.fingerprint), source
     info = RunInfo(
         recipe=recipe,
-        statistics=dataset_statistics(table).to_dict(),
+        statistics=statistics_to_dict(statistics_of(source)),
         tokenizer=assemble.tokenizer_to_text(assemble.load_recipe_tokenizer(recipe)),
+        stream=source.fingerprint,
     )
-    return info, table
+    return info, source
 
 
 def _refuse_another_model(
-    workdir: Path, saved: RunInfo, recipe: Recipe, table: EpisodeTable
+    workdir: Path, saved: RunInfo, recipe: Recipe, source: MixtureSource
 ) -> None:
-    """A run cannot go on with other statistics or another tokenizer.
+    """A run cannot go on with other datasets or another tokenizer.
 
     Raises:
-      ValueError: the data set or the tokenizer is not that of the checkpoint.
+      ValueError: a data set or the tokenizer is not that of the checkpoint.
     """
     pairs = (
-        ("config.data.path", saved.statistics["dataset"], table.spec.name),
+        ("config.data.path", sorted(saved.statistics), sorted(s.name for s in source.sources)),
         ("config.tokenizer.path", saved.recipe.tokenizer.path, recipe.tokenizer.path),
     )
     for key, before, now in pairs:
@@ -176,31 +188,25 @@ def _refuse_another_model(
             )
 
 
-def make_lessons(recipe: Recipe, info: RunInfo, table: EpisodeTable) -> list[Lesson]:
+def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[Lesson]:
     """The stages in order, each with its model, its data and the shapes of its batches."""
     tokenizer = assemble.tokenizer_from_text(info.tokenizer)
-    statistics = DatasetStatistics.from_dict(info.statistics)
-    action_normalizer, state_normalizer = normalizers(table.spec, statistics)
-    frames: dict[str, Any] = {"views": len(table.views), "image_size": table.image_size}
-    source = StepSource(table, action_horizon=recipe.model.action_horizon)
+    statistics = statistics_from_dict(info.statistics)
+    alike = source.sources[0]
+    frames: dict[str, Any] = {"views": len(alike.views), "image_size": alike.size}
+    host = (jax.process_index(), jax.process_count())
     lessons = []
     for stage, start, end in spans(recipe.stages, recipe.train.steps):
         prompt = assemble.prompt_builder(recipe, tokenizer, stage, **frames)
         config = assemble.model_config(recipe, tokenizer, latent_slots=prompt.latent_slots)
-        loader = Loader(
-            source=source,
-            prompt=prompt,
-            action_normalizer=action_normalizer,
-            state_normalizer=state_normalizer,
-            state_dim=recipe.model.state_dim,
-            batch_size=recipe.data.batch_size,
-            seed=recipe.seed,
-            num_threads=recipe.data.num_threads,
-        )
-        spec = assemble.batch_spec(recipe, stage, **frames)
         lessons.append(
             Lesson(
-                stage=stage, start=start, end=end, model=LaraVLA(config), loader=loader, spec=spec
+                stage=stage,
+                start=start,
+                end=end,
+                model=LaraVLA(config),
+                loader=make_loader(recipe, source, statistics, prompt, host=host),
+                spec=assemble.batch_spec(recipe, stage, **frames),
             )
         )
     return lessons

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import optax
 
 from lara_jax import assemble, losses
+from lara_jax.augment import augment
 from lara_jax.batch import Batch
-from lara_jax.config import Recipe
+from lara_jax.config import AugmentConfig, Recipe
 from lara_jax.curriculum import Stage
 from lara_jax.image_processing import ImageConfig, preprocess
 from lara_jax.models.action_expert import flow_time
@@ -131,7 +132,10 @@ def make_train_step(
     pieces = recipe.train.accumulate_steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        flow_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        flow_key, dropout_key, image_key = jax.random.split(
+            jax.random.fold_in(state.rng, state.step), 3
+        )
+        batch = augmented(batch, image_key, recipe.augment)
         draws = flow_draws(flow_key, batch, model.config.expert.noise_draws)
         divisors = divisors_of(batch, model)
 
@@ -158,6 +162,12 @@ def make_train_step(
     return train_step
 
 
+def augmented(batch: Batch, key: jax.Array, config: AugmentConfig) -> Batch:
+    """The batch with cropped and recoloured frames."""
+    images, next_images = augment(batch.images, batch.next_images, batch.view_mask, key, config)
+    return dataclasses.replace(batch, images=images, next_images=next_images)
+
+
 @flax.struct.dataclass
 class FlowDraws:
     """Noise float32[B, R, C, A] and flow times float32[B, R] of R draws per sample."""
@@ -180,7 +190,7 @@ def divisors_of(batch: Batch, model: LaraVLA) -> dict[str, jax.Array]:
     return losses.counts(
         batch,
         visual_numbers=cfg.img_next_tokens * cfg.text.width,
-        action_numbers=cfg.expert.noise_draws * cfg.expert.action_dim,
+        noise_draws=cfg.expert.noise_draws,
     )
 
 

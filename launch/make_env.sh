@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Makes or refreshes a virtual environment: launch/make_env.sh DIR [requirements file...]
+# Makes or refreshes a virtual environment: launch/make_env.sh [--alone] DIR [requirements file...]
 #
 # Installs requirements.txt, the given files and the package in editable mode. What was installed is noted with its
 # SHA-256 in DIR/installed.sha256, so a second call with unchanged files does nothing. Paths are relative to the
-# repository's root.
+# repository's root. --alone leaves requirements.txt out: convert.txt and rlds.txt are whole environments that
+# contradict it.
 # PYTHON names the interpreter (default python3); 3.11 and 3.12 are supported.
 set -euo pipefail
 
+base=(requirements.txt)
+if [ "${1:-}" = --alone ]; then
+  base=()
+  shift
+fi
 if [ $# -lt 1 ]; then
-  echo "usage: launch/make_env.sh DIR [requirements file...]" >&2
+  echo "usage: launch/make_env.sh [--alone] DIR [requirements file...]" >&2
   exit 2
 fi
 environment=$1
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
-requirements=(requirements.txt "${@:2}")
+requirements=("${base[@]}" "${@:2}")
 noted=$environment/installed.sha256
 wanted=$(sha256sum pyproject.toml "${requirements[@]}")
 

@@ -34,7 +34,11 @@ class State:
 def info(repository: Path) -> RunInfo:
     recipe = load_recipe(repository / "configs" / "debug.py")
     return RunInfo(
-        recipe=recipe, statistics={"action": [0.5]}, tokenizer={"t.json": "ü{}"}, position=7
+        recipe=recipe,
+        statistics={"action": [0.5]},
+        tokenizer={"t.json": "ü{}"},
+        samples=7,
+        stream="f",
     )
 
 

@@ -23,11 +23,11 @@ def test_visual_loss_leaves_out_rows_without_a_next_frame():
     assert float(result.mean()) == 1.5
 
 
-def test_action_loss_leaves_out_steps_past_the_end():
-    velocity = jnp.ones((1, 2, 3, 4)).at[0, :, 2].set(100.0)
-    mask = jnp.array([[True, True, False]])
+def test_action_loss_leaves_out_steps_past_the_end_and_dimensions_of_other_robots():
+    velocity = jnp.ones((1, 2, 3, 4)).at[0, :, 2].set(100.0).at[..., 3].set(50.0)
+    mask = jnp.array([[True, True, False]])[..., None] & (jnp.arange(4) < 3)
     result = losses.action_loss(velocity, jnp.zeros((1, 2, 3, 4)), mask)
-    assert (float(result.total), int(result.count)) == (16.0, 16)
+    assert (float(result.total), int(result.count)) == (12.0, 12)
 
 
 def test_nothing_counted_is_zero_not_nan():
@@ -41,14 +41,15 @@ def test_divisors_of_a_batch_are_what_its_losses_count():
     """The train step divides by numbers counted beforehand; they must be the losses' own."""
     rng = np.random.default_rng(0)
     rows, suffix, chunk, draws, actions, block, width = 3, 5, 4, 2, 7, 4, 6
-    masks = [jnp.asarray(rng.random(shape) < 0.6) for shape in ((rows, suffix), (rows, chunk))]
+    shapes = ((rows, suffix), (rows, chunk, actions))
+    masks = [jnp.asarray(rng.random(shape) < 0.6) for shape in shapes]
     next_mask = jnp.asarray([[True, False], [False, True], [True, True]])
     spec = batch.spec(
         batch_size=rows, views=2, image_size=(8, 8), state_dim=8, action_horizon=chunk,
         action_dim=actions, prefix_tokens=3, suffix_tokens=suffix,
     )  # fmt: skip
     whole = dataclasses.replace(spec, loss_mask=masks[0], action_mask=masks[1], next_mask=next_mask)
-    found = losses.counts(whole, visual_numbers=block * width, action_numbers=draws * actions)
+    found = losses.counts(whole, visual_numbers=block * width, noise_draws=draws)
     velocity, frame = jnp.zeros((rows, draws, chunk, actions)), jnp.zeros((rows, block, width))
     logits, ids = jnp.zeros((rows, suffix, 9)), jnp.zeros((rows, suffix), int)
     counted = {

@@ -123,7 +123,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     assert checkpoint.digest(load_params(broken)) == checkpoint.digest(load_params(whole))
     assert rows(broken) == rows(whole)
     info = checkpoint.load_info(broken)
-    assert info.position == STEPS
+    assert info.samples == STEPS * info.recipe.data.batch_size
     assert info.statistics == checkpoint.load_info(whole).statistics
 
 
@@ -144,7 +144,7 @@ def test_training_on_real_robot_data_lowers_every_loss(
     process = start(repository, environment, tmp_path, bridge, overrides)
     _, log = process.communicate()
     assert process.returncode == 0, log
-    assert "200 steps in 25 episodes of bridge_dataset; 50 stored steps are not trained on" in log
+    assert "bridge_dataset: 200 steps of train, weight 1; 50 stored steps are not trained on" in log
     for name in ("loss_token", "loss_visual", "loss_action"):
         values = [float(row[name]) for row in rows(tmp_path) if row[name]]
         assert len(values) in (20, 40)
@@ -288,9 +288,9 @@ def prepared(repository: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     recipe = load_recipe(repository / "configs" / "debug.py", [*OVERRIDES, f"data.path={data}"])
     workdir = tmp_path_factory.mktemp("run")
     store = CheckpointStore(workdir)
-    info, table = train.open_data(recipe, workdir, store)
+    info, source = train.open_data(recipe, workdir, store)
     store.close()
-    lessons = train.make_lessons(recipe, info, table)
+    lessons = train.make_lessons(recipe, info, source)
     init = partial(init_state, lessons[0].model, make_optimizer(recipe), teacher=True)
     shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -375,7 +375,7 @@ def test_a_run_does_not_go_on_with_other_data_or_tokenizer(prepared, tmp_path: P
     store.save(1, TrainState(*(jnp.zeros(()),) * 4, jax.random.key(0)), info)
     store.close()
     tokenizer = dataclasses.replace(recipe.tokenizer, path="another")
-    other = dataclasses.replace(info, statistics={**info.statistics, "dataset": "another"})
+    other = dataclasses.replace(info, statistics={"another": info.statistics["lara_tabletop"]})
     store = CheckpointStore(tmp_path)
     with pytest.raises(ValueError, match=r"config\.tokenizer\.path: .* with '', not 'another'"):
         train.open_data(dataclasses.replace(recipe, tokenizer=tokenizer), tmp_path, store)

@@ -45,7 +45,7 @@ def batch() -> Batch:
     mask = np.ones((ROWS, 7), bool)
     mask[1, 6] = mask[3, 5:] = False
     frames = rng.integers(0, 256, (2, ROWS, 1, 32, 32, 3), dtype=np.uint8)
-    action_mask = np.ones((ROWS, 4), bool)
+    action_mask = np.ones((ROWS, 4, 3), bool)
     action_mask[0, 1:] = False
     return Batch(
         images=frames[0],
@@ -60,6 +60,7 @@ def batch() -> Batch:
         suffix_ids=suffix.astype(np.int32),
         suffix_mask=mask,
         loss_mask=mask & (suffix != tiny.IMG_NEXT),
+        dataset=np.zeros(ROWS, np.int32),
         sample_id=np.arange(ROWS, dtype=np.int32),
     )
 

@@ -71,6 +71,23 @@ def test_the_two_are_inverses_where_nothing_is_clipped(mode: str) -> None:
     np.testing.assert_allclose(there.normalize(there.unnormalize(scaled)), scaled, atol=1e-6)
 
 
+def test_binary_is_its_own_inverse_on_its_two_values() -> None:
+    values, there = np.array([[0, 1, 1], [1, 0, 0]], np.float32), normalizer("binary")
+    np.testing.assert_array_equal(there.normalize(values), values)
+    np.testing.assert_array_equal(there.unnormalize(there.normalize(values)), values)
+
+
+@pytest.mark.parametrize("mode", ["q99", "min_max", "mean_std"])
+def test_a_dimension_is_constant_if_float32_cannot_tell_its_bounds_apart(mode: str) -> None:
+    low, high = (1.0,), (1.0 + 1e-9,)
+    statistics = Statistics(min=low, max=high, mean=low, std=(1e-50,), q01=low, q99=high)
+    there = Normalizer(modes=(mode,), statistics=statistics)
+    scaled = there.normalize(np.array([[1.0], [0.5]], np.float32))
+    np.testing.assert_array_equal(scaled, [[0], [0]] if mode == "min_max" else [[1], [0.5]])
+    back = there.unnormalize(np.array([[0.3], [-1.0]], np.float32))
+    np.testing.assert_array_equal(back, [[1.0], [1.0]])
+
+
 def test_modes_are_per_dimension_and_the_input_is_left_alone() -> None:
     values = np.array([[0.5, 0.7, 3.0], [1.0, 0.2, 3.0]], np.float32)
     before = values.copy()

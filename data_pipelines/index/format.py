@@ -18,10 +18,8 @@ still serve as the next frame of the row before.
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +118,7 @@ class Header:
         "empty_episodes", and the rows that carry each flag as "flag:<name>".
       annotations: what the reasoning came from, empty where there is none.
       arrays: by file name.
+      decoded: True if every frame was decoded when the index was made.
       schema_version: of this format.
     """
 
@@ -133,6 +132,7 @@ class Header:
     counts: Mapping[str, int] = field(default_factory=dict)
     annotations: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, ArrayInfo] = field(default_factory=dict)
+    decoded: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -227,7 +227,10 @@ class Index:
         file = folder / HEADER_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is no index: it has no {HEADER_FILE}")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): run `lara data index` again") from error
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
@@ -287,7 +290,25 @@ class Index:
     @cached_property
     def frames(self) -> Mapping[str, np.ndarray]:
         """By camera, where each stored frame lies: ENCODED[F], VIDEO[F] or RECORD[F]."""
-        return {camera: self.array(f"frames.{camera}.bin") for camera in self.header.cameras}
+        return {camera: self.array(frames_file(camera)) for camera in self.header.cameras}
+
+    def check(self) -> None:
+        """Reads all arrays; a ValueError names the first whose bytes are not those written."""
+        for name, info in self.header.arrays.items():
+            checksum = google_crc32c.Checksum()
+            with open(self.folder / name, "rb") as file:
+                while block := file.read(2**24):
+                    checksum.update(block)
+            if int.from_bytes(checksum.digest(), "big") != info.crc:
+                raise ValueError(
+                    f"{self.folder / name} is damaged, its CRC is another one: "
+                    f"run `lara data index` again"
+                )
+
+    @property
+    def filter_counts(self) -> Mapping[str, int]:
+        """How many rows carry each of FLAGS."""
+        return {name: self.header.counts[f"flag:{name}"] for name in FLAGS}
 
     def episode_of(self, row: int) -> np.void:
         """The EPISODE of a row."""
@@ -295,11 +316,11 @@ class Index:
 
     def instruction(self, row: int) -> str:
         """The instruction of a row, empty where it has none."""
-        return self._texts(int(self.rows[row]["instruction"]))
+        return self.texts[int(self.rows[row]["instruction"])]
 
     def key(self, episode: int) -> str:
         """What identifies an episode in annotation files."""
-        return self._texts(int(self.episodes[episode]["key"]))
+        return self.texts[int(self.episodes[episode]["key"])]
 
     def annotation(self, row: int) -> Annotation | None:
         """The reasoning of a row, None where it has none."""
@@ -307,8 +328,8 @@ class Index:
             return None
         entry = self._annotations[row]
         first, count = int(entry["first_box"]), int(entry["boxes"])
-        subtask = self._annotation_texts(int(entry["subtask"]))
-        motion = self._annotation_texts(int(entry["motion"]))
+        subtask = self.annotation_texts[int(entry["subtask"])]
+        motion = self.annotation_texts[int(entry["motion"])]
         if not (subtask or motion or count):
             return None
         boxes = tuple(tuple(box) for box in self._boxes[first : first + count].tolist())
@@ -322,16 +343,18 @@ class Index:
         return f"{self.source}/{path}, record {record}, step {step}"
 
     @cached_property
-    def _texts(self) -> "_Texts":
-        return _Texts(self.array("texts.bin"), self.array("texts.ends.bin"))
+    def texts(self) -> "Texts":
+        """Instructions and keys, by number."""
+        return Texts(self.array("texts.bin"), self.array("texts.ends.bin"))
 
     @cached_property
     def _annotations(self) -> np.ndarray:
         return self.array("annotations.bin")
 
     @cached_property
-    def _annotation_texts(self) -> "_Texts":
-        return _Texts(self.array("annotation_texts.bin"), self.array("annotation_texts.ends.bin"))
+    def annotation_texts(self) -> "Texts":
+        """Subtasks and motions, by number."""
+        return Texts(self.array("annotation_texts.bin"), self.array("annotation_texts.ends.bin"))
 
     @cached_property
     def _boxes(self) -> np.ndarray:
@@ -342,174 +365,24 @@ def _reopen(folder: Path, source: str) -> Index:
     return Index.open(folder, source=source)
 
 
+def frames_file(camera: str) -> str:
+    """The array file of a camera's frames."""
+    return f"frames.{camera}.bin"
+
+
 @dataclass(frozen=True)
-class _Texts:
-    """Strings by number, out of one run of bytes."""
+class Texts:
+    """Distinct strings by number, out of one run of bytes."""
 
     data: np.ndarray
     ends: np.ndarray
 
-    def __call__(self, number: int) -> str:
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> str:
         start = int(self.ends[number - 1]) if number else 0
         return self.data[start : int(self.ends[number])].tobytes().decode("utf-8")
-
-
-class IndexWriter:
-    """Writes an index, episode by episode; use it as a context and call `finish` at the end.
-
-    The index appears under its name at once, when it is complete.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(
-            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}.")
-        )
-        self._arrays: dict[str, _ArrayFile] = {}
-        self._texts = _TextFile(self, "texts")
-        self._annotation_texts = _TextFile(self, "annotation_texts")
-        self._counts = dict.fromkeys(
-            ("episodes", "rows", "stored_steps", "dropped_steps", "empty_episodes", "boxes"), 0
-        )
-        self._counts |= {f"flag:{name}": 0 for name in FLAGS}
-
-    def __enter__(self) -> "IndexWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for array in self._arrays.values():
-            array.file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def add(self, entry: EpisodeEntry) -> None:
-        """Appends an episode; one without rows is only counted."""
-        counts, rows, stored = self._counts, len(entry.actions), entry.stored_steps
-        first_frame, number = counts["stored_steps"], counts["episodes"]
-        counts["dropped_steps"] += stored - rows
-        if not rows:
-            counts["empty_episodes"] += 1
-            return
-        success = -1 if entry.success is None else int(entry.success)
-        key = self._texts.number(entry.key)
-        episode = (
-            counts["rows"], rows, first_frame, stored, entry.file, entry.record, key, success
-        )  # fmt: skip
-        self.append("episodes.bin", np.array([episode], EPISODE))
-        table = np.zeros(rows, ROW)
-        table["episode"], table["frame"], table["next_frame"] = (
-            number,
-            entry.frame,
-            entry.next_frame,
-        )
-        table["instruction"] = [self._texts.number(text) for text in entry.instructions]
-        table["flags"] = entry.flags
-        self.append("rows.bin", table)
-        self.append("actions.bin", np.ascontiguousarray(entry.actions, "<f4"))
-        self.append("states.bin", np.ascontiguousarray(entry.states, "<f4"))
-        for camera, frames in entry.frames.items():
-            self.append(f"frames.{camera}.bin", frames)
-        self._add_annotations(entry)
-        counts["episodes"] += 1
-        counts["rows"] += rows
-        counts["stored_steps"] += stored
-        for name, bit in FLAGS.items():
-            counts[f"flag:{name}"] += int(np.count_nonzero(table["flags"] & bit))
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        """Adds entries to an array file."""
-        if name not in self._arrays:
-            self._arrays[name] = _ArrayFile(self._partial / name, values)
-        self._arrays[name].append(values)
-
-    def finish(self, header: Header) -> Index:
-        """Closes the files and puts the index in its place, instead of an older one.
-
-        Args:
-          header: all but `counts` and `arrays`, which the writer knows.
-        """
-        self._texts.finish()
-        self._annotation_texts.finish()
-        arrays = {name: array.finish() for name, array in sorted(self._arrays.items())}
-        header = replace(header, counts=self._counts, arrays=arrays)
-        text = json.dumps(header.to_dict(), indent=1)
-        (self._partial / HEADER_FILE).write_text(text, encoding="utf-8")
-        if self.folder.exists():
-            # A reader that has the old one mapped keeps it.
-            os.replace(self.folder, self._partial.with_name(self._partial.name + ".old"))
-        os.replace(self._partial, self.folder)
-        shutil.rmtree(self._partial.with_name(self._partial.name + ".old"), ignore_errors=True)
-        return Index.open(self.folder)
-
-    def _add_annotations(self, entry: EpisodeEntry) -> None:
-        """The reasoning of an episode's rows; absent ones are entries of zeros."""
-        table = np.zeros(len(entry.actions), ANNOTATION)
-        for row, annotation in enumerate(entry.annotations):
-            if annotation is None:
-                continue
-            boxes = np.array(annotation.boxes, "<f4").reshape(-1, 4)
-            table[row] = (
-                self._annotation_texts.number(annotation.subtask),
-                self._annotation_texts.number(annotation.motion),
-                self._counts["boxes"],
-                len(boxes),
-            )
-            self._counts["boxes"] += len(boxes)
-            self.append("boxes.bin", boxes)
-        self.append("annotations.bin", table)
-        self.append("boxes.bin", np.zeros((0, 4), "<f4"))
-
-
-class _ArrayFile:
-    """An array file that grows: its length, dtype and running checksum."""
-
-    def __init__(self, path: Path, like: np.ndarray) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115  # closed by `finish` or by the writer
-        self.tail, self.dtype, self.length = like.shape[1:], like.dtype, 0
-        self.crc = google_crc32c.Checksum()
-
-    def append(self, values: np.ndarray) -> None:
-        if values.shape[1:] != self.tail or values.dtype != self.dtype:
-            raise ValueError(
-                f"{self.file.name}: entries of {values.dtype}{values.shape[1:]}, "
-                f"those before are {self.dtype}{self.tail}"
-            )
-        data = values.tobytes()
-        self.file.write(data)
-        self.crc.update(data)
-        self.length += len(values)
-
-    def finish(self) -> ArrayInfo:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        crc = int.from_bytes(self.crc.digest(), "big")
-        return ArrayInfo(shape=(self.length, *self.tail), dtype=descr, crc=crc)
-
-
-class _TextFile:
-    """Distinct strings by number; number 0 is the empty one."""
-
-    def __init__(self, writer: IndexWriter, name: str) -> None:
-        self.writer, self.name = writer, name
-        self.numbers: dict[str, int] = {"": 0}
-
-    def number(self, text: str) -> int:
-        return self.numbers.setdefault(text, len(self.numbers))
-
-    def finish(self) -> None:
-        encoded = [text.encode("utf-8") for text in self.numbers]
-        ends = np.cumsum([len(text) for text in encoded]).astype("<i8")
-        self.writer.append(f"{self.name}.bin", np.frombuffer(b"".join(encoded), np.uint8))
-        self.writer.append(f"{self.name}.ends.bin", ends)
-
-
-def write_index(
-    folder: str | os.PathLike[str], header: Header, entries: Iterable[EpisodeEntry]
-) -> Index:
-    """Writes all episodes in order; see `IndexWriter`."""
-    with IndexWriter(folder) as writer:
-        for entry in entries:
-            writer.add(entry)
-        return writer.finish(header)

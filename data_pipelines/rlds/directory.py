@@ -14,7 +14,7 @@ after the other::
     "steps/action"                      float_list, T * 7 values
     "steps/observation/image_0"         bytes_list, T encoded images
 
-Feature keys in this project are these flat paths.
+Feature keys in this project are these flat paths. The directory may be a local one or a URL.
 """
 
 import json
@@ -29,12 +29,14 @@ import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data_pipelines import storage
 from data_pipelines.rlds.tfrecord import TFRecordFile
 
 STEPS = "steps"
 # Types stored by value: floats as float_list, in 32 bits, the others as int64_list.
 FLOATS = frozenset({"float16", "float32", "float64"})
 INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"})
+INFO, FEATURES = "dataset_info.json", "features.json"
 DEFAULT_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -62,7 +64,7 @@ class Split:
     """A split as dataset_info.json describes it: its files and the number of records in each."""
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path | str, ...]
     shard_lengths: tuple[int, ...]
 
 
@@ -71,14 +73,14 @@ class Directory:
     """A TFDS version directory. `Directory.read(path)` makes one.
 
     Attributes:
-      path: the version directory.
+      path: the version directory; a Path where it is local, a URL elsewhere.
       name: the dataset's name, such as "bridge_dataset".
       version: such as "1.0.0".
       splits: by name.
       features: by flat key.
     """
 
-    path: Path
+    path: Path | str
     name: str
     version: str
     splits: Mapping[str, Split]
@@ -92,22 +94,22 @@ class Directory:
           FileNotFoundError: `path` is no TFDS version directory.
           ValueError: a file is malformed, or the records are not TFRecords.
         """
-        path = Path(path)
-        if not (path / "dataset_info.json").is_file():
-            versions = sorted(str(found.parent) for found in path.glob("*/dataset_info.json"))
+        path = storage.locate(path)
+        if not storage.exists(_file(path, INFO)):
+            versions = sorted(str(found.parent) for found in _local_versions(path))
             hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
             raise FileNotFoundError(
                 f"{path} is no TFDS version directory: it has no dataset_info.json{hint}"
             )
-        info = _read_json(path / "dataset_info.json")
+        info = _read_json(_file(path, INFO))
         file_format = info.get("fileFormat", "tfrecord")
         if file_format != "tfrecord":
             raise ValueError(f"{path}: the file format is {file_format!r}; only 'tfrecord' is read")
         for field in ("name", "splits"):
             if field not in info:
-                raise ValueError(f"{path / 'dataset_info.json'} has no field {field!r}")
+                raise ValueError(f"{_file(path, INFO)} has no field {field!r}")
         splits = (_split(path, info["name"], entry) for entry in info["splits"])
-        features = _features(_read_json(path / "features.json"), key="", per_step=False)
+        features = _features(_read_json(_file(path, FEATURES)), key="", per_step=False)
         return cls(
             path=path,
             name=info["name"],
@@ -120,10 +122,30 @@ class Directory:
         """The feature with this flat key; a ValueError lists all keys where there is none."""
         if key not in self.features:
             raise ValueError(
-                f"{self.path / 'features.json'} has no feature {key!r}; it has: "
+                f"{_file(self.path, FEATURES)} has no feature {key!r}; it has: "
                 f"{', '.join(sorted(self.features))}"
             )
         return self.features[key]
+
+    def split(self, name: str) -> Split:
+        """The split of this name; a ValueError lists all splits where there is none."""
+        if name not in self.splits:
+            raise ValueError(
+                f"{self.path} has no split {name!r}; it has: {', '.join(sorted(self.splits))}"
+            )
+        return self.splits[name]
+
+    def sizes(self, split: str) -> tuple[int, ...]:
+        """Bytes of each of a split's files; a FileNotFoundError names the first that is missing."""
+        files = self.split(split).files
+        sizes = storage.sizes(self.path, [os.path.basename(file) for file in files])
+        for file, size in zip(files, sizes, strict=True):
+            if size is None:
+                raise FileNotFoundError(
+                    f"{file} is missing; dataset_info.json lists {len(files)} file(s) "
+                    f"in split {split!r}"
+                )
+        return tuple(size for size in sizes if size is not None)
 
     def open_split(self, name: str) -> tuple[TFRecordFile, ...]:
         """The split's files, each scanned and holding the number of records that it should.
@@ -133,18 +155,10 @@ class Directory:
           ValueError: there is no such split, or a file is truncated, corrupt or has another number
             of records.
         """
-        if name not in self.splits:
-            raise ValueError(
-                f"{self.path} has no split {name!r}; it has: {', '.join(sorted(self.splits))}"
-            )
-        split = self.splits[name]
+        self.sizes(name)
+        split = self.split(name)
         shards = []
         for path, length in zip(split.files, split.shard_lengths, strict=True):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is missing; dataset_info.json lists {len(split.files)} file(s) "
-                    f"in split {name!r}"
-                )
             shard = TFRecordFile(path)
             if len(shard) != length:
                 raise ValueError(
@@ -237,12 +251,22 @@ class Example:
         return getattr(stored, kind).value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _file(path: Path | str, name: str) -> Path | str:
+    """A file of the directory, as the directory: a Path or a URL."""
+    return path / name if isinstance(path, Path) else storage.join(path, name)
+
+
+def _local_versions(path: Path | str) -> list[Path]:
+    """dataset_info.json of the versions below a local folder that is none itself."""
+    return list(path.glob(f"*/{INFO}")) if isinstance(path, Path) else []
+
+
+def _read_json(path: Path | str) -> dict[str, Any]:
     """A JSON object from a file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a TFDS version directory has one")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(storage.read_text(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; a TFDS version directory has one") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -250,23 +274,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _split(path: Path, dataset: str, entry: Mapping[str, Any]) -> Split:
+def _split(path: Path | str, dataset: str, entry: Mapping[str, Any]) -> Split:
     """One entry of dataset_info.json's "splits"; its numbers are strings there."""
     lengths = tuple(int(length) for length in entry.get("shardLengths", ()))
     digits = max(5, len(str(len(lengths))))
     template = entry.get("filepathTemplate") or DEFAULT_FILE_TEMPLATE
 
-    def file(shard: int) -> Path:
+    def file(shard: int) -> Path | str:
         index, count = f"{shard:0{digits}d}", f"{len(lengths):0{digits}d}"
         fields = {"DATASET": dataset, "SPLIT": entry["name"], "FILEFORMAT": "tfrecord"}
         fields |= {"SHARD_INDEX": index, "NUM_SHARDS": count}
         fields["SHARD_X_OF_Y"] = f"{index}-of-{count}"
         try:
-            return path / template.format(**fields)
+            return _file(path, template.format(**fields))
         except KeyError as error:
             raise ValueError(
-                f"{path / 'dataset_info.json'}: unknown field {error} "
-                f"in the file template {template!r}"
+                f"{_file(path, INFO)}: unknown field {error} in the file template {template!r}"
             ) from error
 
     files = tuple(file(shard) for shard in range(len(lengths)))

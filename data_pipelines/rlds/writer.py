@@ -97,19 +97,54 @@ def write_dataset(
         entries = [
             _write_split(partial, name, split, episodes) for split, episodes in splits.items()
         ]
-        info = {
-            "description": description,
-            "fileFormat": "tfrecord",
-            "name": name,
-            "splits": entries,
-            "version": version,
-        }
-        _write_json(partial / "dataset_info.json", info)
-        _write_json(partial / "features.json", features_tree(features))
+        files = description_files(name, version, description, features, entries)
+        for file, text in files.items():
+            (partial / file).write_text(text, encoding="utf-8")
         if final.exists():
             shutil.move(final, Path(temporary) / "replaced")
         os.replace(partial, final)
     return final
+
+
+def description_files(
+    name: str,
+    version: str,
+    description: str,
+    features: Sequence[Feature],
+    splits: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """The text of each JSON file of a version directory, by the file's name.
+
+    Args:
+      name, version, description, features: as for `write_dataset`.
+      splits: a `split_entry` each.
+    """
+    info = {
+        "description": description,
+        "fileFormat": "tfrecord",
+        "name": name,
+        "splits": list(splits),
+        "version": version,
+    }
+    files = {"dataset_info.json": info, "features.json": features_tree(features)}
+    return {
+        file: json.dumps(value, indent=2, sort_keys=True) + "\n" for file, value in files.items()
+    }
+
+
+def split_entry(split: str, lengths: Sequence[int], payload_bytes: int) -> dict[str, Any]:
+    """A split as dataset_info.json has it: the number of records of each shard, and all bytes."""
+    return {
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "name": split,
+        "numBytes": str(payload_bytes),
+        "shardLengths": [str(length) for length in lengths],
+    }
+
+
+def shard_name(dataset: str, split: str, shard: int, shards: int) -> str:
+    """The file name of a shard."""
+    return f"{dataset}-{split}.tfrecord-{shard:05d}-of-{shards:05d}"
 
 
 def features_tree(features: Sequence[Feature]) -> dict[str, Any]:
@@ -169,23 +204,18 @@ def _write_split(
         lengths.append(0)
         with open(directory / f"{split}-{len(lengths) - 1}", "wb") as shard:
             for episode in chain([first], islice(remaining, EPISODES_PER_SHARD - 1)):
-                shard.write(_record(episode))
+                shard.write(record_bytes(episode))
                 lengths[-1] += 1
                 payload_bytes += len(episode)
     if not lengths:
         raise ValueError(f"split {split!r} of {dataset} has no episode")
     for index in range(len(lengths)):  # the names hold the number of shards, known only now
-        file = f"{dataset}-{split}.tfrecord-{index:05d}-of-{len(lengths):05d}"
+        file = shard_name(dataset, split, index, len(lengths))
         os.rename(directory / f"{split}-{index}", directory / file)
-    return {
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "name": split,
-        "numBytes": str(payload_bytes),
-        "shardLengths": [str(length) for length in lengths],
-    }
+    return split_entry(split, lengths, payload_bytes)
 
 
-def _record(payload: bytes) -> bytes:
+def record_bytes(payload: bytes) -> bytes:
     """TFRecord framing of one payload (format: `tfrecord`)."""
     length = struct.pack("<Q", len(payload))
     header = length + struct.pack("<I", masked_crc(length))
@@ -227,7 +257,3 @@ def _nest(leaves: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "pythonClassName": f"{_TFDS}.features_dict.FeaturesDict",
         "featuresDict": {"features": children},
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.episodes import EpisodeTable, StepSource, load_episodes
-from data_pipelines.stats import DatasetStatistics
+from data_pipelines.sampling import StepSource
 from lara_jax import checkpoint
+from lara_jax.data import open_mixture, statistics_from_dict
 from lara_jax.evals.offline import ActionError, compare
 from lara_jax.evals.report import format_table, loss_table, plot_losses, read_curves
 from lara_jax.evals.rollout import ChunkPolicy
@@ -31,9 +31,8 @@ NO_MOTION_OPEN = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)
 
 def held_out_error(
     policy: ChunkPolicy,
-    table: EpisodeTable,
+    source: StepSource,
     *,
-    action_horizon: int,
     mean: np.ndarray,
     samples: int = SAMPLES,
     batch_size: int = 10,
@@ -43,8 +42,7 @@ def held_out_error(
     Args:
       policy: from observations (a frame per view, state, instruction) to chunks of physical
         actions.
-      table: the held-out episodes.
-      action_horizon: C of the policy.
+      source: the held-out steps, in chunks as long as the policy's.
       mean: float[7], the training set's mean action.
       samples: at most so many steps, evenly spread over the split.
       batch_size: observations per call, always as many, so that a jitted policy compiles once.
@@ -52,11 +50,10 @@ def held_out_error(
     Returns:
       By name: "policy", "mean action", "previous action".
     """
-    source = StepSource(table, action_horizon=action_horizon)
     chosen = np.unique(np.linspace(0, len(source) - 1, samples).astype(int))
     items = [source[index] for index in chosen]
     observations = [
-        dict(zip(table.views, item["images"], strict=True))
+        dict(zip(source.views, item["images"], strict=True))
         | {"state": item["state"], "instruction": item["instruction"]}
         for item in items
     ]
@@ -68,8 +65,8 @@ def held_out_error(
     return compare(
         np.concatenate(chunks),
         np.stack([item["actions"] for item in items]),
-        np.stack([item["action_mask"] for item in items]),
-        previous=np.stack([_previous_action(table, index) for index in chosen]),
+        np.stack([item["action_mask"].all(axis=-1) for item in items]),
+        previous=np.stack([_previous_action(source, number) for number in chosen]),
         mean=mean,
     )
 
@@ -107,10 +104,11 @@ def result_sentence(
     )
 
 
-def _previous_action(table: EpisodeTable, index: int) -> np.ndarray:
+def _previous_action(source: StepSource, number: int) -> np.ndarray:
     """The demonstrated action before a step, float32[7]."""
-    episode, row = table.locate(index)
-    return episode.actions[row - 1] if row else NO_MOTION_OPEN
+    row = source.row(number)
+    at_start = row == source.index.episode_of(row)["first_row"]
+    return NO_MOTION_OPEN if at_start else source.index.actions[row - 1]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,18 +121,17 @@ def main(argv: Sequence[str]) -> int:
     plot_losses(curves, workdir / "losses.png")
 
     info = checkpoint.load_info(workdir)
-    data = info.recipe.data
+    (source,) = open_mixture(info.recipe, info.recipe.data.eval_split).sources
+    statistics = statistics_from_dict(info.statistics)[source.name]
     errors = held_out_error(
-        Policy.from_workdir(workdir),
-        load_episodes(data.path, data.eval_split, views=data.views),
-        action_horizon=info.recipe.model.action_horizon,
-        mean=np.array(DatasetStatistics.from_dict(info.statistics).action.mean),
+        Policy.from_workdir(workdir), source, mean=np.array(statistics.action.mean)
     )
     shown = ("suite", "task", "episodes", "successes", "success_rate", "ci_low", "ci_high")
     success = format_table(shown, [[closed_loop[name] for name in shown]])
     print(loss_table(curves), error_table(errors), success, sep="\n\n")
     print(f"\nSaved {workdir / 'losses.png'} and {workdir / 'episodes.gif'}.")
-    print(result_sentence(info.position, errors, closed_loop))
+    steps = info.samples // info.recipe.data.batch_size
+    print(result_sentence(steps, errors, closed_loop))
     return 0
 
 

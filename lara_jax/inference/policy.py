@@ -11,6 +11,7 @@ generated, so a call is one compiled function.
 Letters: E observations of a call, V views, C action chunk, A action, J state.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.datasets import spec_named
-from data_pipelines.stats import DatasetStatistics, normalizers
+from data_pipelines.frames import resize
+from data_pipelines.statistics import normalizers
 from lara_jax import assemble
+from lara_jax.augment import evaluation_crop
 from lara_jax.batch import Batch
 from lara_jax.checkpoint import RunInfo, load_info, load_params
+from lara_jax.config import AugmentConfig
+from lara_jax.data import statistics_from_dict
 from lara_jax.image_processing import ImageConfig
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
 from lara_jax.train_step import model_inputs
-from lara_jax.transforms import pad_state
+from lara_jax.transforms import Normalizer, pad_state
 
 Observation = Mapping[str, Any]
 
@@ -41,15 +45,23 @@ class Policy:
       info: recipe, statistics and tokenizer of a checkpoint.
       params: float32 tree of the model's parameters.
       latent_slots: K to act with; None takes the trained one.
+      dataset: whose robot it acts for: its statistics scale states and actions. None where the
+        policy was trained on one dataset.
       seed: of the flow's noise; call n of a policy draws from (seed, n).
 
     Raises:
       ValueError: the last stage of the curriculum speaks its reasoning (it would have to be
-        generated), or K is out of range.
+        generated), K is out of range, or the dataset is unknown or not said.
     """
 
     def __init__(
-        self, info: RunInfo, params: Any, *, latent_slots: int | None = None, seed: int = 0
+        self,
+        info: RunInfo,
+        params: Any,
+        *,
+        latent_slots: int | None = None,
+        dataset: str | None = None,
+        seed: int = 0,
     ) -> None:
         recipe = info.recipe
         self._recipe = recipe
@@ -69,10 +81,8 @@ class Policy:
             )
         if latent_slots is not None:
             self._slots = split_slots(latent_slots, recipe.model.component_order)
-        statistics = DatasetStatistics.from_dict(info.statistics)
-        spec = spec_named(statistics.dataset)
-        self._action, self._state = normalizers(spec, statistics)
-        self.views = recipe.data.views or spec.default_views
+        self._action, self._state = _normalizers(info, dataset)
+        self.views = recipe.data.views
         self._images = assemble.image_config(recipe)
         self._params = jax.device_put(params)
         self._key, self._calls = jax.random.key(seed), 0
@@ -80,10 +90,16 @@ class Policy:
 
     @classmethod
     def from_workdir(
-        cls, workdir: str | Path, *, step: int | None = None, latent_slots: int | None = None
+        cls,
+        workdir: str | Path,
+        *,
+        step: int | None = None,
+        latent_slots: int | None = None,
+        dataset: str | None = None,
     ) -> "Policy":
         """The policy of a run's checkpoint, the newest unless `step` is given."""
-        return cls(load_info(workdir, step), load_params(workdir, step), latent_slots=latent_slots)
+        info, params = load_info(workdir, step), load_params(workdir, step)
+        return cls(info, params, latent_slots=latent_slots, dataset=dataset)
 
     @property
     def latent_slots(self) -> int:
@@ -110,8 +126,8 @@ class Policy:
         model = LaraVLA(
             assemble.model_config(self._recipe, self._tokenizer, latent_slots=self.latent_slots)
         )
-        chunks = _act(model, self._images, self._params, batch, key)
-        return self._action.unnormalize(np.asarray(chunks))
+        chunks = _act(model, self._images, self._recipe.augment, self._params, batch, key)
+        return self._action.unnormalize(np.asarray(chunks)[..., : len(self._action.modes)])
 
     def _batch(self, observations: Sequence[Observation]) -> Batch:
         model = self._recipe.model
@@ -127,7 +143,8 @@ class Policy:
             next_mask=np.zeros(frames.shape[:2], bool),
             state=np.stack([pad_state(s, model.state_dim) for s in states]),
             actions=np.zeros((rows, model.action_horizon, model.action_dim), np.float32),
-            action_mask=np.zeros((rows, model.action_horizon), bool),
+            action_mask=np.zeros((rows, model.action_horizon, model.action_dim), bool),
+            dataset=np.zeros(rows, np.int32),
             sample_id=np.arange(rows, dtype=np.int32),
             **{name: np.stack([t[name] for t in text]) for name in text[0]},
         )
@@ -145,7 +162,8 @@ class Policy:
                 raise ValueError(
                     f"view {view!r} must be uint8[H, W, 3], got {frame.dtype}{list(frame.shape)}"
                 )
-        return np.stack(frames)
+        size = self._recipe.data.frame_px
+        return np.stack([resize(frame, (size[0], size[1])) for frame in frames] if size else frames)
 
     def _checked_state(self, observation: Observation) -> np.ndarray:
         state = np.asarray(observation["state"], np.float32)
@@ -168,11 +186,29 @@ class Policy:
         return self._prompts[height, width]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+def _normalizers(info: RunInfo, dataset: str | None) -> tuple[Normalizer, Normalizer]:
+    """Of actions and of states, as the run has used them for a dataset."""
+    statistics = statistics_from_dict(info.statistics)
+    known = ", ".join(sorted(statistics))
+    if dataset is None and len(statistics) > 1:
+        raise ValueError(f"the policy was trained on several datasets; say which of: {known}")
+    name = next(iter(statistics)) if dataset is None else dataset
+    if name not in statistics:
+        raise ValueError(f"the policy was not trained on dataset {name!r}, but on: {known}")
+    return normalizers(statistics[name])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _act(
-    model: LaraVLA, images: ImageConfig, params: Any, batch: Batch, key: jax.Array
+    model: LaraVLA,
+    images: ImageConfig,
+    augmentation: AugmentConfig,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
 ) -> jax.Array:
     """Normalised chunks float32[E, C, A] in one compiled call, from frames to actions."""
+    batch = dataclasses.replace(batch, images=evaluation_crop(batch.images, augmentation))
     variables = {"params": params}
     thoughts = model.apply(variables, *model_inputs(batch, images))
     noise = jax.random.normal(key, jnp.shape(batch.actions))

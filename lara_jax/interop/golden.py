@@ -294,7 +294,7 @@ def _run(golden: Golden, config: LaraVLAConfig) -> dict[str, np.ndarray]:
         noisy = (1 - t) * noise[:, None] + t * actions[:, None]
         bucket = (time * config.expert.time_buckets).astype(jnp.int32)[:, None]
         velocity = apply(p, thoughts, state[:, 0], noisy, bucket, method="act_velocity")
-        everywhere = jnp.ones(actions.shape[:2], bool)
+        everywhere = jnp.ones(actions.shape, bool)
         action = losses.action_loss(velocity, (actions - noise)[:, None], everywhere)
         return token.mean() + action.mean(), (thoughts, token.mean(), action.mean())
 

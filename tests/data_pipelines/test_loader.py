@@ -1,9 +1,13 @@
-"""The loader: the batch contract, determinism, exact resumption, evaluation, bad input."""
+"""The loader: the batch contract, one stream for any hosts, kills, evaluation, bad input."""
 
 import dataclasses
 import itertools
+import json
+import os
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +16,106 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.episodes import StepSource, load_episodes
-from data_pipelines.loader import Loader
-from data_pipelines.stats import dataset_statistics, normalizers
+from data_pipelines.index.format import Index
+from data_pipelines.loader import Loader, Position
+from data_pipelines.mixture import MixtureSource
+from data_pipelines.sampling import StepSource
 from lara_jax import batch as contract
 from lara_jax.batch import Batch
 from lara_jax.tokenizers.prompt import Annotation
-from tests.data_pipelines.handmade import write_tabletop
+from tests.data_pipelines.small_index import PREFIX, SUFFIX, make_index, normalizers, prompt
 
-PREFIX, SUFFIX = 6, 4
-
-
-def prompt(instruction: str, annotation: Annotation | None) -> dict[str, np.ndarray]:
-    """Letters for tokens."""
-    words = annotation.subtask if annotation else ""
-    prefix = np.frombuffer(instruction[-PREFIX:].rjust(PREFIX).encode(), np.uint8)
-    suffix = np.frombuffer(words[-SUFFIX:].ljust(SUFFIX).encode(), np.uint8)
-    return {
-        "prefix_ids": prefix.astype(np.int32),
-        "prefix_mask": prefix != ord(" "),
-        "suffix_ids": suffix.astype(np.int32),
-        "suffix_mask": suffix != ord(" "),
-        "loss_mask": suffix != ord(" "),
-    }
+# How often each step of five sets comes up in an epoch of the mixture, which has 24 positions.
+FIVE = {"a": ((4, 2), 1), "b": ((3,), 2), "c": ((5, 4), 1 / 3), "d": ((6,), 2 / 3), "e": ((5,), 1)}
+DRAWS = (6, 6, 3, 4, 5)
 
 
-def make(path: Path, **changes: Any) -> Loader:
-    table = load_episodes(path, "train")
-    action, state = normalizers(table.spec, dataset_statistics(table))
+def make_five(folder: Path) -> None:
+    """Indexes of five sets: one of larger frames, one of narrower actions, one without a wrist."""
+    for name, (episodes, _) in FIVE.items():
+        make_index(
+            folder / name,
+            name,
+            episodes,
+            sizes={"image": (32, 48) if name == "b" else (16, 24)}
+            | ({} if name == "c" else {"hand": (16, 24)}),
+            roles={"primary": "image"} | ({} if name == "c" else {"wrist": "hand"}),
+            annotated=name == "d",
+            **({"action_dim": 5, "state_dim": 4} if name == "e" else {}),
+        )
+
+
+def five(folder: Path, **changes: Any) -> Loader:
+    """A loader of them."""
+    indexes = [Index.open(folder / name / "index") for name in FIVE]
+    sources = tuple(
+        StepSource(
+            index=index,
+            views=("primary", "wrist"),
+            action_horizon=3,
+            image_size=(16, 24),
+            action_dim=7,
+        )
+        for index in indexes
+    )
+    weights = tuple(weight for _, weight in FIVE.values())
     settings: dict[str, Any] = {
-        "source": StepSource(table, action_horizon=3),
+        "source": MixtureSource(sources=sources, weights=weights, seed=5),
         "prompt": prompt,
-        "action_normalizer": action,
-        "state_normalizer": state,
+        "normalizers": normalizers(*indexes),
         "state_dim": 10,
-        "batch_size": 5,
-        "seed": 0,
+        "batch_size": 8,
         "num_threads": 0,
     }
     return Loader(**settings | changes)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """12 steps."""
-    return write_tabletop(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("five")
+    make_five(folder)
+    return folder
 
 
 @pytest.fixture
-def loader(path: Path) -> Loader:
-    return make(path)
+def loader(folder: Path) -> Loader:
+    return five(folder)
 
 
 def take(loader: Loader, count: int, start_step: int = 0) -> list[Batch]:
-    return list(itertools.islice(loader.iterate(start_step), count))
+    iterator = loader.iterate(start_step)
+    batches = list(itertools.islice(iterator, count))
+    iterator.close()
+    return batches
+
+
+def together(loaders: list[Loader], count: int, start_step: int = 0) -> list[Batch]:
+    """Global batches of the loaders of all hosts."""
+    parts = [take(loader, count, start_step) for loader in loaders]
+    return [
+        jax.tree.map(lambda *rows: np.concatenate(rows), *hosts)
+        for hosts in zip(*parts, strict=True)
+    ]
+
+
+def hosts(loader: Loader, count: int) -> list[Loader]:
+    return [dataclasses.replace(loader, host=(number, count)) for number in range(count)]
 
 
 def equal(ours: list[Batch], theirs: list[Batch]) -> bool:
-    leaves = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return all(np.array_equal(a, b) for a, b in leaves)
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def ids(batch: Batch) -> list[list[int]]:
+    return np.stack([batch.dataset, batch.sample_id], axis=1).tolist()
 
 
 def test_batches_keep_the_contract(loader: Loader) -> None:
     (batch,) = take(loader, 1)
     expected = contract.spec(
-        batch_size=5,
-        views=1,
+        batch_size=8,
+        views=2,
         image_size=(16, 24),
         state_dim=10,
         action_horizon=3,
@@ -91,101 +129,228 @@ def test_batches_keep_the_contract(loader: Loader) -> None:
 
 
 def test_a_row_is_its_sample_normalised_padded_and_tokenised(loader: Loader) -> None:
-    (batch,) = take(loader, 1)
-    for b, index in enumerate(batch.sample_id):
-        sample = loader.source[index]
-        np.testing.assert_array_equal(batch.images[b], sample["images"])
-        np.testing.assert_array_equal(batch.next_images[b], sample["next_images"])
-        np.testing.assert_array_equal(batch.next_mask[b], sample["next_mask"])
-        state = loader.state_normalizer.normalize(sample["state"])
-        np.testing.assert_array_equal(batch.state[b], [*state, 0, 0])
-        mask = sample["action_mask"]
-        np.testing.assert_array_equal(batch.action_mask[b], mask)
-        actions = loader.action_normalizer.normalize(sample["actions"])
-        np.testing.assert_array_equal(batch.actions[b, mask], actions[mask])
-        # Past the end: no motion as the model sees it, the last gripper position.
-        np.testing.assert_array_equal(batch.actions[b, ~mask, :6], 0)
-        np.testing.assert_array_equal(batch.actions[b, ~mask, 6], sample["actions"][mask][-1, 6])
-        tokens = prompt(sample["instruction"], sample["annotation"])
-        np.testing.assert_array_equal(batch.prefix_ids[b], tokens["prefix_ids"])
-        np.testing.assert_array_equal(batch.suffix_ids[b], tokens["suffix_ids"])
+    seen = set()
+    for batch in take(loader, 9):
+        for b, (dataset, row) in enumerate(ids(batch)):
+            source = loader.source.sources[dataset]
+            sample = source[row]  # without filters, samples are rows
+            action_normalizer, state_normalizer = loader.normalizers[source.name]
+            for name in ("images", "next_images", "view_mask", "next_mask", "action_mask"):
+                np.testing.assert_array_equal(getattr(batch, name)[b], sample[name])
+            state = state_normalizer.normalize(sample["state"])
+            np.testing.assert_array_equal(batch.state[b, : len(state)], state)
+            np.testing.assert_array_equal(batch.state[b, len(state) :], 0)
+            own = len(source.absolute)
+            inside = sample["action_mask"][:, 0]
+            actions = action_normalizer.normalize(sample["actions"][:, :own])
+            np.testing.assert_array_equal(batch.actions[b, inside, :own], actions[inside])
+            # Past the end: no motion as the model sees it, the last gripper position.
+            np.testing.assert_array_equal(batch.actions[b, ~inside, : own - 1], 0)
+            np.testing.assert_array_equal(
+                batch.actions[b, ~inside, own - 1], actions[~inside, own - 1]
+            )
+            np.testing.assert_array_equal(batch.actions[b, :, own:], 0)
+            tokens = prompt(sample["instruction"], sample["annotation"])
+            np.testing.assert_array_equal(batch.prefix_ids[b], tokens["prefix_ids"])
+            np.testing.assert_array_equal(batch.suffix_ids[b], tokens["suffix_ids"])
+            seen.add((dataset, bool(inside.all())))
+    assert seen == set(itertools.product(range(5), (False, True)))
 
 
-def test_every_epoch_has_every_step_once_in_its_own_order(loader: Loader) -> None:
-    ids = np.concatenate([batch.sample_id for batch in take(loader, 12)])
-    epochs = ids.reshape(5, 12)
-    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(12), (5, 1)))
-    assert len({tuple(epoch) for epoch in epochs}) == 5
+def test_without_next_frames_all_else_is_the_same(loader: Loader) -> None:
+    sources = tuple(dataclasses.replace(s, next_frames=False) for s in loader.source.sources)
+    without = dataclasses.replace(loader.source, sources=sources)
+    for batch, full in zip(
+        take(dataclasses.replace(loader, source=without), 2), take(loader, 2), strict=True
+    ):
+        expected = full.replace(next_images=full.images, next_mask=np.zeros_like(full.next_mask))
+        assert equal([batch], [expected])
 
 
-def test_a_batch_depends_on_seed_and_step_alone(path: Path, loader: Loader) -> None:
-    batches = take(loader, 8)
+@pytest.mark.parametrize(
+    ("count", "threads", "workers"),
+    [
+        *((count, threads, 0) for count in (1, 2, 4, 8) for threads in (0, 4)),
+        pytest.param(1, 0, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_hosts_threads_and_workers_change_nothing(
+    loader: Loader, count: int, threads: int, workers: int
+) -> None:
+    other = dataclasses.replace(loader, num_threads=threads, num_workers=workers)
+    assert equal(together(hosts(other, count), 4, 2), take(loader, 6)[2:])
+
+
+def test_a_batch_depends_on_the_mixture_and_the_step_alone(folder: Path, loader: Loader) -> None:
+    batches = take(loader, 6)
     for start in (0, 1, 5):
-        assert equal(take(loader, 8 - start, start), batches[start:])
-    assert equal(take(make(path, num_threads=3), 8), batches)
-    assert equal(take(make(path, num_threads=2), 3, 5), batches[5:])
-    assert not equal(take(make(path, seed=1), 8), batches)
+        assert equal(take(loader, 6 - start, start), batches[start:])
+    other = dataclasses.replace(loader, source=dataclasses.replace(loader.source, seed=6))
+    assert not equal(take(other, 6), batches)
 
 
 def test_grain_agrees_that_checkpoints_restore(loader: Loader) -> None:
-    few = loader.batches().slice(slice(6)).map(lambda batch: dict(batch.__dict__))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    grain.experimental.assert_equal_output_after_checkpoint(few.to_iter_dataset(options))
+    for changes in ({}, {"num_threads": 2, "host": (1, 2)}):
+        dataset = dataclasses.replace(loader, **changes).dataset(samples=32)
+        grain.experimental.assert_equal_output_after_checkpoint(dataset)
 
 
-def test_an_evaluation_pass_counts_every_step_once(path: Path, loader: Loader) -> None:
-    for batch_size, batches in ((5, 3), (6, 2), (50, 1)):
-        found = list(make(path, batch_size=batch_size, num_threads=1).epoch())
-        assert len(found) == batches
-        assert all(batch.size == len(rows) == batch_size for batch, rows in found)
-        counted = np.concatenate([batch.sample_id[rows] for batch, rows in found])
-        np.testing.assert_array_equal(counted, np.arange(12))
-        np.testing.assert_array_equal(found[-1][0].sample_id[~found[-1][1]], 11)
+def test_the_stream_may_be_cut_into_other_batches(loader: Loader) -> None:
+    position = loader.position(3)
+    other = dataclasses.replace(loader, batch_size=12)
+    assert position == other.position(2)
+    start = position.steps(other.batch_size)
+    found = [step for batch in take(loader, 6) for step in ids(batch)]
+    again = [step for batch in take(other, 2, start) for step in ids(batch)]
+    assert again == found[24:48]
 
 
-def test_real_batches(shared_dir: Path) -> None:
-    loader = make(shared_dir / "data/bridge_dataset/1.0.0", batch_size=32, state_dim=8)
-    batches = take(loader, 7)
-    ids = np.concatenate([batch.sample_id for batch in batches])
-    np.testing.assert_array_equal(np.sort(ids[:200]), np.arange(200))
-    for batch in batches:
-        assert batch.images.shape == (32, 1, 64, 64, 3)
-        assert np.abs(batch.actions).max() <= 1
-        assert np.isfinite(batch.state).all()
+def train(folder: Path, stop_step: int) -> None:
+    """A run: logs every batch, saves its position after every third, hangs at a step's log."""
+    loader, saved = five(folder, num_threads=2), folder / "position.json"
+    start = 0
+    if saved.exists():
+        position = Position(**json.loads(saved.read_text()))
+        position.check(loader.source.fingerprint)
+        start = position.steps(loader.batch_size)
+    with open(folder / "log", "a") as log:
+        for step, batch in enumerate(loader.iterate(start), start):
+            print(json.dumps([step, ids(batch)]), file=log, flush=True)
+            if step == stop_step:
+                print("waiting", flush=True)
+                sys.stdin.read()
+            if step % 3 == 2:
+                partial = saved.with_suffix(".partial")
+                partial.write_text(json.dumps(dataclasses.asdict(loader.position(step + 1))))
+                os.replace(partial, saved)
 
 
-def test_bad_settings_are_named(path: Path, loader: Loader) -> None:
-    with pytest.raises(ValueError, match="state is 8 wide, the model's state_dim is 7"):
-        make(path, state_dim=7)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        make(path, batch_size=0)
-    with pytest.raises(ValueError, match=r"seed is -1; it must be in \[0, 2\*\*32\)"):
-        make(path, seed=-1)
-    with pytest.raises(ValueError, match=r"'train'.*steps=12\): fewer steps than a batch of 13"):
-        make(path, batch_size=13).iterate()
-    with pytest.raises(ValueError, match="start_step is -1"):
-        loader.iterate(-1)
+def test_two_kills_and_other_hosts_take_each_step_as_often_as_the_weights_say(
+    tmp_path: Path, repository: Path
+) -> None:
+    make_five(tmp_path)
+    # Three epochs are 9 batches. The kills come when 4 and 7 are logged and 3 and 6 are saved.
+    for stop_step in (3, 6):
+        program = (
+            f"from pathlib import Path; from tests.data_pipelines.test_loader import train; "
+            f"train(Path({str(tmp_path)!r}), {stop_step})"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=repository,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None and child.stdout.readline() == "waiting\n"
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [step for step, _ in lines] == [0, 1, 2, 3, 3, 4, 5, 6]
+    log = dict(lines)
+    assert all(log[step] == batch for step, batch in lines)  # what was done twice was the same
+
+    position = Position(**json.loads((tmp_path / "position.json").read_text()))
+    loader = five(tmp_path)
+    position.check(loader.source.fingerprint)
+    start = position.steps(loader.batch_size)
+    assert (position.samples, start) == (48, 6)
+    for step, batch in enumerate(together(hosts(loader, 4), 3, start), start):
+        assert log.setdefault(step, ids(batch)) == ids(batch)
+
+    assert sorted(log) == list(range(9))
+    times = Counter(tuple(step) for batch in log.values() for step in batch)
+    expected = {
+        (dataset, row): 3 * weight
+        for dataset, (episodes, weight) in enumerate(FIVE.values())
+        for row in range(sum(episodes))
+    }
+    assert loader.source.draws == DRAWS
+    assert times == expected
+
+
+def test_another_stream_is_refused_unless_allowed(loader: Loader) -> None:
+    position = loader.position(2)
+    position.check(loader.source.fingerprint)
+    other = dataclasses.replace(loader.source, seed=6).fingerprint
+    with pytest.raises(ValueError, match=r"not what this run has trained on.*Restore the settings"):
+        position.check(other)
+    position.check(other, allow_changed=True)
+    with pytest.raises(ValueError, match=r"batch_size is 5; .* after 16 samples"):
+        position.steps(5)
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(8, 4), (30, 1), (32, 1)])
+def test_an_evaluation_pass_counts_every_step_once(
+    loader: Loader, batch_size: int, batches: int
+) -> None:
+    expected = [
+        [dataset, row]
+        for dataset, (episodes, _) in enumerate(FIVE.values())
+        for row in range(sum(episodes))
+    ]
+    for count in (1, 2):
+        counted = []
+        loaders = hosts(dataclasses.replace(loader, batch_size=batch_size, num_threads=1), count)
+        for parts in zip(*(host.epoch() for host in loaders), strict=True):
+            batches -= count == 1
+            for batch, rows in parts:
+                assert batch.size == len(rows) == batch_size // count
+                found = ids(batch)
+                counted += [found[b] for b in np.flatnonzero(rows)]
+                assert all(found[b] == expected[-1] for b in np.flatnonzero(~rows))
+        assert counted == expected
+    assert batches == 0
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_a_prompt_that_does_not_fit_names_the_sample(loader: Loader, num_threads: int) -> None:
     def overflow(instruction: str, annotation: Annotation | None) -> dict[str, np.ndarray]:
-        if annotation is not None and annotation.subtask == "subtask 4":
+        if annotation is not None and annotation.subtask == "task 4":
             raise ValueError("prefix of 300 tokens; 256 fit")
         return prompt(instruction, annotation)
 
     loader = dataclasses.replace(loader, prompt=overflow, num_threads=num_threads)
-    with pytest.raises(
-        ValueError, match="00001-of-00002, record 0, step 4: prefix of 300 tokens; 256 fit"
+    match = r"d/frames\.bin, record 0, step 4: prefix of 300 tokens; 256 fit"
+    with pytest.raises(ValueError, match=match):
+        take(loader, 9)
+
+
+def test_bad_settings_are_named(loader: Loader) -> None:
+    one = loader.source.sources[0]
+    rare = dataclasses.replace(loader.source, weights=(1, 1, 1, 1, 0.01))
+    wrong = loader.normalizers | {"e": loader.normalizers["a"]}
+    for changes, message in (
+        ({"state_dim": 7}, "dataset 'a': its state is 8 wide, the model's state_dim is 7"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 9, "host": (0, 2)}, "batch_size is 9; .* multiple of .* hosts, 2"),
+        ({"host": (2, 2)}, "host 2 of 2"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"normalizers": {}}, "dataset 'a' has no normalizers; there are some for none"),
+        ({"normalizers": wrong}, "'e': actions and states are 5 and 4 wide, .* 7 and 8"),
     ):
-        take(loader, 3)
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(loader, **changes)
+    with pytest.raises(ValueError, match="start_step is -1"):
+        loader.iterate(-1)
+    with pytest.raises(ValueError, match=r"dataset 'e': with weight 0\.01 none of its 5"):
+        dataclasses.replace(loader, source=rare).iterate()
+    # Fewer steps than a batch are no matter: the stream is endless.
+    few = MixtureSource(sources=(one,), weights=(1,))
+    (batch,) = take(dataclasses.replace(loader, source=few, batch_size=18), 1)
+    assert set(Counter(batch.sample_id.tolist()).values()) == {3}
 
 
-def test_neither_tensorflow_nor_torch_nor_a_device_is_needed(path: Path, repository: Path) -> None:
+def test_neither_tensorflow_nor_torch_nor_a_device_is_needed(
+    folder: Path, repository: Path
+) -> None:
     program = f"""
 import sys
-from tests.data_pipelines.test_loader import make
-next(make({str(path)!r}).iterate())
+from pathlib import Path
+from tests.data_pipelines.test_loader import five
+next(five(Path({str(folder)!r})).iterate())
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was opened"
 assert not {{"tensorflow", "torch"}} & set(sys.modules), "TensorFlow or torch was imported"

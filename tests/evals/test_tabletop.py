@@ -39,10 +39,10 @@ def env() -> TabletopEnv:
 def solve(env: TabletopEnv, seed: int) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
     """Images, states and subtasks of the expert's episode."""
     observation, _ = env.reset(seed=seed)
-    images, states, subtasks = [observation["image"]], [observation["state"]], []
+    images, states, subtasks = [observation["primary"]], [observation["state"]], []
     while not (step := expert_step(env)).done and env.steps < env.config.max_steps:
         observation, *_ = env.step(step.action)
-        images.append(observation["image"])
+        images.append(observation["primary"])
         states.append(observation["state"])
         subtasks.append(step.subtask)
     return images, states, subtasks
@@ -61,7 +61,7 @@ def test_seed_gives_the_same_bytes_in_a_used_and_a_new_environment(env: Tabletop
     for one, other in zip(used[:2], new[:2], strict=True):
         np.testing.assert_array_equal(one, other)
     other_seed, _ = env.reset(seed=8)
-    assert (other_seed["image"] != used[0][0]).any()
+    assert (other_seed["primary"] != used[0][0]).any()
 
 
 @pytest.mark.parametrize("index", range(10))
@@ -123,8 +123,8 @@ def test_boxes_hold_the_objects_colours(env: TabletopEnv, names: tuple[str, str]
     observation, _ = env.reset(seed=3)
     row = ["block", "plate"].index(names[0])
     x1, y1, x2, y2 = env.boxes()[row] * env.config.image_size_px
-    inside = observation["image"][int(y1) : int(y2), int(x1) : int(x2)].astype(int)
-    outside = observation["image"].astype(int)
+    inside = observation["primary"][int(y1) : int(y2), int(x1) : int(x2)].astype(int)
+    outside = observation["primary"].astype(int)
     outside[int(y1) : int(y2), int(x1) : int(x2)] = 128
     colour = env.model.geom(f"{getattr(env, names[0])}_{names[0]}").rgba[:3]
 
@@ -144,7 +144,7 @@ def test_box_is_in_image_fractions_and_nan_where_hidden() -> None:
 
 def test_shadows_only_darken() -> None:
     images = [
-        TabletopEnv(TabletopConfig(shadows=shadows)).reset(seed=1)[0]["image"].astype(int)
+        TabletopEnv(TabletopConfig(shadows=shadows)).reset(seed=1)[0]["primary"].astype(int)
         for shadows in (True, False)
     ]
     assert (images[0] <= images[1]).all() and (images[0] < images[1]).any()

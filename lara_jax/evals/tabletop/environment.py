@@ -51,9 +51,9 @@ _STREAMS = ("train", "val", "eval")
 
 
 class Observation(TypedDict):
-    """What a policy sees: `image` uint8[S, S, 3], `state` float32[8], `instruction`."""
+    """What a policy sees: `primary` uint8[S, S, 3], `state` float32[8], `instruction`."""
 
-    image: np.ndarray
+    primary: np.ndarray
     state: np.ndarray
     instruction: str
 
@@ -105,7 +105,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
         )
         self.observation_space = gymnasium.spaces.Dict(
             {
-                "image": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
+                "primary": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
                 "state": gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
                 "instruction": gymnasium.spaces.Text(100, charset="abcdefghijklmnopqrstuvwxyz "),
             }
@@ -290,7 +290,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
         self._frame = self._camera.render(self.data)
         roll_pitch_yaw = self.data.qpos[5:2:-1]
         state = np.array([*self.tcp_m, *roll_pitch_yaw, 0, self.gripper_opening], np.float32)
-        return {"image": self._frame.image, "state": state, "instruction": self.instruction}
+        return {"primary": self._frame.image, "state": state, "instruction": self.instruction}
 
 
 def _apart(one: list[np.ndarray], other: list[np.ndarray], distance_m: float) -> bool:

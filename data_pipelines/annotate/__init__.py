@@ -1,0 +1,1 @@
+"""Reasoning annotations: reading those there are, and making those there are not."""

@@ -1,0 +1,137 @@
+"""A recipe's data, in one place: training, evaluation and reports call the same functions.
+
+recipe -> stream of steps (a mixture of indexed datasets) -> statistics -> batches of a stage
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines import catalog
+from data_pipelines.index.build import open_or_build
+from data_pipelines.loader import Loader, Prompt
+from data_pipelines.mixture import MixtureSource
+from data_pipelines.sampling import StepSource, parse_split
+from data_pipelines.statistics import DatasetStatistics, index_statistics, normalizers
+from lara_jax.config import Recipe
+
+Statistics = Mapping[str, DatasetStatistics]
+
+
+def open_mixture(recipe: Recipe, split: str) -> MixtureSource:
+    """The stream of steps that a recipe trains on, or is evaluated on.
+
+    Indexes that are not there yet are made. What filters leave out, and what else departs from the
+    datasets as they are stored, is said on standard error.
+
+    Args:
+      recipe: the run's settings.
+      split: as in `config.data.split`.
+
+    Raises:
+      FileNotFoundError: there is no such dataset.
+      ValueError: a dataset, mixture or split is unknown, its index is stale, or datasets do not go
+        together.
+    """
+    data, model = recipe.data, recipe.model
+    if not data.path:
+        raise ValueError("config.data.path is empty: give --config.data.path=DIRECTORY")
+    chosen = catalog.entries(data.path, mixture=data.mixture, definitions=data.definitions)
+    sources = []
+    for entry in chosen:
+        part = parse_split(catalog.split_of(entry.path, split, held_out=data.eval_split))
+        index = open_or_build(entry.path, part.name, definitions=data.definitions or None)
+        source = StepSource(
+            index=index,
+            views=data.views,
+            action_horizon=model.action_horizon,
+            filters=data.filters,
+            episodes=part.episodes(index.header.counts["episodes"]),
+            image_size=(data.frame_px[0], data.frame_px[1]) if data.frame_px else None,
+            chunk_hz=data.chunk_hz,
+            action_dim=model.action_dim,
+        )
+        _report(source, entry.weight)
+        sources.append(source)
+    _refuse_other_action_spaces(sources, mixed=data.mixed_action_spaces)
+    return MixtureSource(
+        sources=tuple(sources),
+        weights=tuple(entry.weight for entry in chosen),
+        seed=recipe.seed,
+        balance=data.balance,
+    )
+
+
+def statistics_of(source: MixtureSource) -> dict[str, DatasetStatistics]:
+    """Statistics of each dataset's steps, by its name; from the cache beside its index."""
+    return {
+        s.name: index_statistics(s.index, filters=s.filters, stride=s.stride, episodes=s.episodes)
+        for s in source.sources
+    }
+
+
+def statistics_to_dict(statistics: Statistics) -> dict[str, Any]:
+    """Plain values by dataset, as a checkpoint holds them."""
+    return {name: of.to_dict() for name, of in statistics.items()}
+
+
+def statistics_from_dict(values: Mapping[str, Any]) -> dict[str, DatasetStatistics]:
+    """The inverse of `statistics_to_dict`."""
+    return {name: DatasetStatistics.from_dict(of) for name, of in values.items()}
+
+
+def make_loader(
+    recipe: Recipe,
+    source: MixtureSource,
+    statistics: Statistics,
+    prompt: Prompt,
+    *,
+    host: tuple[int, int] = (0, 1),
+) -> Loader:
+    """The batches of a stage, whose prompt decides what the words become.
+
+    Args:
+      recipe: the run's settings.
+      source: the steps.
+      statistics: of the run, which may be older than the data.
+      prompt: the stage's.
+      host: this host's number, and the number of hosts.
+    """
+    return Loader(
+        source=source,
+        prompt=prompt,
+        normalizers={name: normalizers(of) for name, of in statistics.items()},
+        state_dim=recipe.model.state_dim,
+        batch_size=recipe.data.batch_size,
+        num_threads=recipe.data.num_threads,
+        num_workers=recipe.data.num_workers,
+        host=host,
+    )
+
+
+def _report(source: StepSource, weight: float) -> None:
+    """Says what is read of a dataset, and what is not."""
+    counts = source.index.header.counts
+    notes = [f"{counts['dropped_steps']} stored steps are not trained on"]
+    if source.filters:
+        notes.append(f"{source.filtered_rows} more are left out by {', '.join(source.filters)}")
+    if source.missing_views:
+        notes.append(f"it has no view {', '.join(source.missing_views)}")
+    if source.is_too_slow:
+        notes.append(f"slower than chunk_hz, it keeps its {source.chunk_rate_hz:g} Hz")
+    print(
+        f"{source.name}: {len(source)} steps of {source.index.header.split}, weight {weight:g}; "
+        + "; ".join(notes),
+        file=sys.stderr,
+    )
+
+
+def _refuse_other_action_spaces(sources: list[StepSource], *, mixed: bool) -> None:
+    """One policy head, one meaning of its numbers, unless it is asked for otherwise."""
+    spaces = {source.name: source.index.spec.action_encoding for source in sources}
+    if len(set(spaces.values())) > 1 and not mixed:
+        listed = ", ".join(f"{name} {space}" for name, space in spaces.items())
+        raise ValueError(
+            f"the mixture has different action spaces ({listed}); leave some out, or set "
+            f"config.data.mixed_action_spaces=true, which fills narrower actions up and masks them"
+        )

@@ -1,0 +1,93 @@
+"""Files by path and by URL: the same answers, and errors that name the file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from data_pipelines import storage
+
+DATA = bytes(range(256)) * 8
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder with the file "x", and "y" below "sub", of each kind of place."""
+    place = {
+        "path": str(tmp_path),
+        "file": f"file://{tmp_path}",
+        "memory": f"memory://storage-{tmp_path.name}",
+    }[request.param]
+    for name in ("x", "sub/y"):
+        with fsspec.open(f"{place}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(DATA)
+    yield place
+    if request.param == "memory":
+        fsspec.filesystem("memory").rm(place, recursive=True)
+
+
+def test_reads_whole_files_and_ranges(folder: str) -> None:
+    path = storage.join(folder, "x")
+    assert storage.exists(path) and not storage.exists(path + "x")
+    assert storage.size(path) == len(DATA)
+    assert storage.read_range(path, 250, 20) == DATA[250:270]
+    assert storage.read_range(path, 9, 0) == b""
+    with storage.open_read(path) as file:
+        assert file.read(3) + file.read() == DATA
+    assert storage.stamp(path) == storage.stamp(path)
+
+
+def test_lists_files_with_sizes(folder: str) -> None:
+    assert storage.list_files(folder) == {"x": len(DATA)}
+    assert storage.sizes(folder, ["none", "x"]) == [None, len(DATA)]
+
+
+def test_errors_name_the_file(folder: str) -> None:
+    path = storage.join(folder, "none")
+    for call in (storage.size, storage.read_text, lambda p: storage.read_range(p, 0, 1)):
+        with pytest.raises(FileNotFoundError, match="none"):
+            call(path)
+    with pytest.raises(ValueError, match=r"x: 48 of 100 bytes at 2000; the file is shorter"):
+        storage.read_range(storage.join(folder, "x"), 2000, 100)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(url: str) -> Any:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(ValueError, match=r"gs://b/x: .*gcsfs.*the extra `cloud`"):
+        storage.size("gs://b/x")
+
+
+def test_an_unknown_scheme_names_the_url() -> None:
+    with pytest.raises(ValueError, match=r"nowhere://b/x: .*nowhere"):
+        storage.exists("nowhere://b/x")
+
+
+class CloudError(Exception):
+    """Of a class that only the cloud's library knows."""
+
+
+def test_other_errors_become_os_errors_that_name_the_url() -> None:
+    with (
+        pytest.raises(OSError, match=r"gs://b/x: CloudError: 503"),
+        storage.naming("gs://b/x"),
+    ):
+        raise CloudError("503")
+
+
+@pytest.mark.parametrize(
+    ("path", "local", "absolute"),
+    [
+        ("/a/b/", True, "/a/b"),
+        ("file:///a/b", True, "/a/b"),
+        ("gs://a/b/", False, "gs://a/b"),
+    ],
+)
+def test_local_and_absolute(path: str, local: bool, absolute: str) -> None:
+    assert storage.is_local(path) == local
+    assert storage.absolute(path) == absolute
+    assert storage.locate(path) == (Path("/a/b") if local else "gs://a/b")
