@@ -1,7 +1,11 @@
-"""RLDS directories on disk to batches of NumPy arrays. No device code, no TensorFlow, no torch.
+"""Robot data where it lies to batches. No device code, no TensorFlow, no torch.
 
-rlds/         TFRecord files, TFDS directories, reading and writing
-datasets.py   what each dataset is, and its standard form      episodes.py   steps, frames, chunks
-stats.py      statistics for normalisation                     loader.py     shuffle, rows, batches
-cli.py        `lara data VERB`
+oxe/           what each dataset is, its standard form, mixtures
+rlds/          TFRecord files, TFDS directories        lerobot/       parquet and video
+index/         the sidecar: where every step and frame lies
+statistics.py  for normalisation (`accumulator.py`)    catalog.py     where a recipe's datasets are
+sampling.py    a step as a sample (`frames.py`)        mixture.py     datasets as one stream
+loader.py      batches on any number of hosts          annotate/      reasoning annotations
+convert/       Beam jobs                               inspect_page.py  datasets as a page
+cli.py         `lara data VERB`
 """

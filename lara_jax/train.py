@@ -92,7 +92,7 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
         state = first_state(recipe, store, init, shapes, shardings)
         step = int(state.step)
         # Batches taken from the stream less steps done: not 0 once the batch size has changed.
-        ahead = Position(info.samples, info.stream).steps(recipe.data.batch_size) - step
+        ahead = stream_step(recipe, info) - step
         log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
         for lesson in lessons:
             rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
@@ -168,6 +168,11 @@ def open_data(
     return info, source
 
 
+def stream_step(recipe: Recipe, info: RunInfo) -> int:
+    """How many batches of the recipe's size the run has taken from its stream."""
+    return Position(info.samples, info.stream).steps(recipe.data.batch_size)
+
+
 def _refuse_another_model(
     workdir: Path, saved: RunInfo, recipe: Recipe, source: MixtureSource
 ) -> None:
@@ -176,8 +181,9 @@ def _refuse_another_model(
     Raises:
       ValueError: a data set or the tokenizer is not that of the checkpoint.
     """
+    names = sorted(s.name for s in source.sources)
     pairs = (
-        ("config.data.path", sorted(saved.statistics), sorted(s.name for s in source.sources)),
+        ("config.data.path", ", ".join(sorted(saved.statistics)), ", ".join(names)),
         ("config.tokenizer.path", saved.recipe.tokenizer.path, recipe.tokenizer.path),
     )
     for key, before, now in pairs:

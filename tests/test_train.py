@@ -387,6 +387,33 @@ def test_a_run_does_not_go_on_with_other_data_or_tokenizer(prepared, tmp_path: P
     store.close()
 
 
+def test_a_run_goes_on_at_the_next_sample_of_the_same_stream(prepared, tmp_path: Path) -> None:
+    """Also with another batch size; another order of the data has to be asked for."""
+    recipe, info, *_ = prepared
+    store = CheckpointStore(tmp_path)
+    state = TrainState(*(jnp.zeros(()),) * 4, jax.random.key(0))
+    store.save(2, state, dataclasses.replace(info, samples=2 * recipe.data.batch_size))
+    store.close()
+
+    def resumed(**changes: Any) -> Any:
+        data = dataclasses.replace(recipe.data, **changes)
+        changed = dataclasses.replace(recipe, data=data)
+        store = CheckpointStore(tmp_path)
+        try:
+            return train.open_data(changed, tmp_path, store)
+        finally:
+            store.close()
+
+    found, source = resumed(batch_size=1, num_threads=0)
+    assert train.stream_step(recipe, found) == 2
+    smaller = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=1))
+    assert train.stream_step(smaller, found) == 2 * recipe.data.batch_size
+    with pytest.raises(ValueError, match="the data is not what this run has trained on so far"):
+        resumed(filters=("pause",))
+    found, source = resumed(filters=("pause",), allow_changed_stream=True)
+    assert found.stream == source.fingerprint != info.stream
+
+
 def test_published_sizes_need_their_tokenizer(repository: Path) -> None:
     recipe = load_recipe(repository / "configs" / "bridge_4b.py")
     with pytest.raises(ValueError, match=r"config\.tokenizer\.path is empty, but the 4b backbone"):

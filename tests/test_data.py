@@ -1,0 +1,95 @@
+"""A recipe's data: which steps a run reads, what it is told of the rest, what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from lara_jax import data
+from lara_jax.config import Recipe, load_recipe
+from tests.data_pipelines.handmade import (
+    TABLETOP_FEATURES,
+    tabletop_record,
+    write_directory,
+    write_tabletop,
+)
+
+DEFINITIONS = """
+[datasets.joints]
+control_hz = 20
+cameras = { front = "observation/image" }
+roles = { primary = "front" }
+action = ["action"]
+state = ["observation/state"]
+action_encoding = "JOINT_POS"
+
+[mixtures."mine:same"]
+entries = [["lara_tabletop", 2.0]]
+
+[mixtures."mine:both"]
+entries = [["lara_tabletop", 2.0], ["joints", 1.0]]
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of two datasets, 12 and 9 steps, one of them with a failed episode."""
+    write_tabletop(tmp_path / "lara_tabletop")
+    records = [tabletop_record(7, 5), tabletop_record(8, 4)]
+    write_directory(tmp_path / "joints" / "2.0.0", "joints", TABLETOP_FEATURES, {"all": [records]})
+    (tmp_path / "mine.toml").write_text(DEFINITIONS)
+    return tmp_path
+
+
+def recipe(repository: Path, root: Path, *overrides: str) -> Recipe:
+    toml = next(folder for folder in (root, *root.parents) if (folder / "mine.toml").is_file())
+    common = (f"data.path={root}", f"data.definitions={toml}/mine.toml", "model.action_horizon=3")
+    return load_recipe(repository / "configs" / "debug.py", [*common, *overrides])
+
+
+def test_a_mixture_comes_from_its_folder_and_says_what_it_reads(
+    repository: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recipe(repository, root, "data.mixture=mine:same", "data.eval_split=train[2:]")
+    source = data.open_mixture(run, "train")
+    assert [len(s) for s in source.sources] == [12] and source.draws == (24,)
+    assert "lara_tabletop: 12 steps of train, weight 2; 0 stored steps" in capsys.readouterr().err
+    held_out = data.open_mixture(run, run.data.eval_split)
+    assert [len(s) for s in held_out.sources] == [5]
+    statistics = data.statistics_of(source)
+    assert statistics["lara_tabletop"].steps == 12
+    assert data.statistics_from_dict(data.statistics_to_dict(statistics)) == statistics
+
+
+def test_other_action_spaces_are_refused_unless_asked_for(repository: Path, root: Path) -> None:
+    (root / "joints/2.0.0/dataset_info.json").write_text(
+        (root / "joints/2.0.0/dataset_info.json").read_text().replace('"all"', '"train"')
+    )
+    file = next((root / "joints/2.0.0").glob("*.tfrecord*"))
+    file.rename(file.with_name(file.name.replace("-all.", "-train.")))
+    overrides = ("data.mixture=mine:both", "data.eval_split=train[1:]")
+    with pytest.raises(ValueError, match="lara_tabletop EEF_POS, joints JOINT_POS"):
+        data.open_mixture(recipe(repository, root, *overrides), "train")
+    allowed = recipe(repository, root, *overrides, "data.mixed_action_spaces=true")
+    assert data.open_mixture(allowed, "train").draws == (24, 9)
+
+
+def test_filters_and_slow_datasets_are_reported(
+    repository: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("data.filters=no_annotation,failed", "data.chunk_hz=10", "data.eval_split=train")
+    run = recipe(repository, root / "lara_tabletop" / "1.0.0", *overrides[1:])
+    data.open_mixture(run, "train")
+    assert "slower than chunk_hz, it keeps its 5 Hz" in capsys.readouterr().err
+    run = recipe(repository, root / "lara_tabletop" / "1.0.0", overrides[0], overrides[2])
+    data.open_mixture(run, "train")
+    assert "0 more are left out by no_annotation, failed" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_named(repository: Path, root: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.data\.path is empty"):
+        data.open_mixture(load_recipe(repository / "configs" / "debug.py"), "train")
+    with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
+        data.open_mixture(recipe(repository, root / "lara_tabletop" / "1.0.0"), "test")
+    views = recipe(repository, root / "lara_tabletop" / "1.0.0", "data.views=wrist")
+    with pytest.raises(ValueError, match="'lara_tabletop' has none of the views wrist"):
+        data.open_mixture(views, "train")
