@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         explicit=10_000,
         latent=(5_000, 5_000, 10_000),
         action=20_000,
-        suffix_tokens=(192, 160, 96, 32, 32),
+        suffix_tokens=(320, 288, 224, 160, 32),
     )
     config.train.stages = PAPER_ORDER
 

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         explicit=15,
         latent=(20, 20, 20),
         action=65,
-        suffix_tokens=(112, 96, 64, 32, 32),
+        suffix_tokens=(168, 152, 120, 88, 32),
     )
     config.train.stages = ("explicit", "latent_3", "action")
 

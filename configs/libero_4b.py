@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         explicit=5_000,
         latent=(2_000, 2_000, 2_000),
         action=60_000,
-        suffix_tokens=(192, 160, 96, 32, 32),
+        suffix_tokens=(256, 224, 160, 96, 32),
     )
     config.train.stages = PAPER_ORDER
 

@@ -4,7 +4,7 @@ Paper      arXiv 2602.01166 (LaRA-VLA) starts its curriculum from a pretrained p
            those of arXiv 2310.08864 (Open X-Embodiment), which carry no reasoning annotations.
 Model      4b backbone from Qwen3-VL-4B-Instruct, DiT-B expert, one view of 256 px (64 tokens).
 Hardware   planned for a TPU v5p-64 or 32 GPUs of 80 GB; fsdp takes all devices.
-Steps      100k in one stage: flow matching + 0.1 visual, everything trains.
+Steps      100k in one stage: discrete actions + 0.1 visual + flow matching, everything trains.
 Batch      1024 rows.
 Expected   no published number: the paper does not report this stage by itself. Its result is the
            start (`--config.init.path`) of bridge_4b or libero_4b. Nobody has trained it here.
@@ -15,19 +15,15 @@ Command    lara train --config configs/oxe_4b.py --workdir DIR --config.data.pat
 from ml_collections import ConfigDict
 
 from lara_jax.config import default_config
+from lara_jax.curriculum import pretrain_stage
 
 
 def get_config() -> ConfigDict:
     """Values of the run."""
     config = default_config()
     config.train.steps = 100_000
-    config.stages.pretrain = {
-        "reasoning_stage": 0,
-        "visual_weight": 0.1,
-        "action_weight": 1.0,
-        "trains": "full",
-        "suffix_tokens": 32,
-    }
+    # 16 x 7 actions are at most 112 tokens.
+    config.stages.pretrain = pretrain_stage(suffix_tokens=160)
     config.train.stages = ("pretrain",)
 
     config.model.backbone = "4b"

@@ -11,6 +11,7 @@ be used by many threads and sent to other processes.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,52 +41,73 @@ class FrameReader:
     size: tuple[int, int] | None = None
 
     def image(self, camera: str, frame: int) -> np.ndarray:
-        """A frame's pixels.
+        """A frame's pixels, uint8[H, W, 3], RGB: `read`, into a new array."""
+        out = np.empty((*(self.size or self._stored_size(camera)), 3), np.uint8)
+        self.read(camera, [frame], [out])
+        return out
+
+    def read(self, camera: str, frames: Sequence[int], outs: Sequence[np.ndarray]) -> None:
+        """Reads frames of a camera.
 
         Args:
           camera: a camera of the index.
-          frame: running number of the stored frame, over all episodes.
-
-        Returns:
-          uint8[H, W, 3], RGB.
+          frames: running numbers of N stored frames, over all episodes.
+          outs: N times uint8[H, W, 3], get the pixels, RGB. JPEGs of that size are decoded in
+            place.
 
         Raises:
-          FileNotFoundError: the file is not there.
+          FileNotFoundError: a file is not there.
           ValueError: the bytes are not those that were indexed, do not decode, or have another
             size. The message names file, record, step and camera.
         """
+        places = self.index.frames[camera][frames].tolist()
+        number = 0  # which one it is about, for errors
         try:
-            image = self._read(camera, frame)
+            if self.index.header.cameras[camera].kind == "video":
+                for number, place in enumerate(places):
+                    self._put(camera, self._video_frame(place), outs[number])
+                return
+            # All the bytes first: a decoder that is kept busy is a tenth faster than one that the
+            # interpreter, between two frames, pushes out of the processor's cache.
+            encoded = [b""] * len(places)
+            for number, place in enumerate(places):
+                encoded[number] = self._encoded(camera, place)
+            for number, data in enumerate(encoded):
+                self._put(camera, _decode(data, self.size, outs[number]), outs[number])
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.where(camera, frame)}: {error}") from error
+            raise FileNotFoundError(f"{self.where(camera, frames[number])}: {error}") from error
         except _BROKEN as error:
-            raise ValueError(f"{self.where(camera, frame)}: {error}") from error
-        if self.size is not None:
-            return resize(image, self.size)
-        expected = self.index.header.cameras[camera]
-        if image.shape[:2] != (expected.height, expected.width):
-            raise ValueError(
-                f"{self.where(camera, frame)}: the frame is {_px(image.shape[:2])}, the camera's "
-                f"first one {_px((expected.height, expected.width))}; with an image size given "
-                f"(image_size), all frames are brought to it"
-            )
-        return image
+            raise ValueError(f"{self.where(camera, frames[number])}: {error}") from error
 
-    def pair(self, camera: str, frame: int, later: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Two frames of a camera, and whether they differ.
+    def read_pairs(
+        self,
+        camera: str,
+        frames: np.ndarray,
+        later: np.ndarray,
+        outs: Sequence[np.ndarray],
+        later_outs: Sequence[np.ndarray],
+    ) -> np.ndarray:
+        """Reads N frames of a camera, each with a later one, as `read` does.
 
         Encoded frames differ if their bytes do, which the index knows: equal ones are read once.
         Other frames are compared pixel by pixel.
 
         Returns:
-          uint8[H, W, 3], twice, and True if they differ.
+          bool[N], True where the two differ.
         """
-        image = self.image(camera, frame)
+        self.read(camera, frames.tolist(), outs)
+        differs = frames != later
         encoded = self.index.header.cameras[camera].kind == "encoded"
-        if frame == later or (encoded and self._bytes(camera, frame) == self._bytes(camera, later)):
-            return image, image, False
-        other = self.image(camera, later)
-        return image, other, encoded or not np.array_equal(image, other)
+        if encoded:
+            one, other = self.index.frames[camera][frames], self.index.frames[camera][later]
+            differs &= (one["length"] != other["length"]) | (one["crc"] != other["crc"])
+        others = np.flatnonzero(differs).tolist()
+        self.read(camera, later[others].tolist(), [later_outs[i] for i in others])
+        for i in np.flatnonzero(~differs).tolist():
+            later_outs[i][:] = outs[i]
+        if not encoded:
+            differs[others] = [not np.array_equal(outs[i], later_outs[i]) for i in others]
+        return differs
 
     def where(self, camera: str, frame: int) -> str:
         """Names a frame: "/data/x.tfrecord-00000-of-00001, record 3, step 7, camera 'image_0'"."""
@@ -103,37 +125,49 @@ class FrameReader:
         index = self.index
         return tuple(storage.join(index.source, file.path) for file in index.header.files)
 
-    def _bytes(self, camera: str, frame: int) -> tuple[int, int]:
-        """Length and CRC-32C of an encoded frame."""
-        _, _, length, crc = self.index.frames[camera][frame].item()
-        return length, crc
+    def _stored_size(self, camera: str) -> tuple[int, int]:
+        """(height, width) of the camera's first frame, px."""
+        found = self.index.header.cameras[camera]
+        return found.height, found.width
 
-    def _read(self, camera: str, frame: int) -> np.ndarray:
-        """A frame's pixels, perhaps larger than `size`."""
-        index = self.index
-        file, *place = index.frames[camera][frame].item()
-        path = self._paths[file]
-        match index.header.cameras[camera].kind:
-            case "video":
-                # PyAV is an extra.
-                from data_pipelines.lerobot import video
+    def _encoded(self, camera: str, place: tuple[int, ...]) -> bytes:
+        """The encoded frame that lies at a place, RECORD or ENCODED."""
+        path = self._paths[place[0]]
+        if self.index.header.cameras[camera].kind == "record":
+            from data_pipelines.convert import step_records
 
-                pts, keyframe_pts = place
-                return video.read_frame(path, pts, keyframe_pts)
-            case "record":
-                from data_pipelines.convert import step_records
+            _, record = place
+            return step_records.read_frame(path, record, camera)
+        _, offset, length, crc = place
+        data = storage.read_range(path, offset, length)
+        if google_crc32c.value(data) != crc:
+            raise ValueError(
+                f"the frame's bytes ({length} at {offset}) are not those that were indexed: the "
+                f"file is damaged or another one"
+            )
+        return data
 
-                (record,) = place
-                return _decode(step_records.read_frame(path, record, camera), self.size)
-            case _:
-                offset, length, crc = place
-                data = storage.read_range(path, offset, length)
-                if google_crc32c.value(data) != crc:
-                    raise ValueError(
-                        f"the frame's bytes ({length} at {offset}) are not those that were "
-                        f"indexed: the file is damaged or another one"
-                    )
-                return _decode(data, self.size)
+    def _video_frame(self, place: tuple[int, ...]) -> np.ndarray:
+        """The frame that lies at a place, VIDEO."""
+        # PyAV is an extra.
+        from data_pipelines.lerobot import video
+
+        file, pts, keyframe_pts = place
+        return video.read_frame(self._paths[file], pts, keyframe_pts)
+
+    def _put(self, camera: str, image: np.ndarray, out: np.ndarray) -> None:
+        """Writes a frame where it is wanted, in the size that is wanted, unless it is there."""
+        if image is out:
+            return
+        if self.size is not None:
+            image = resize(image, self.size)
+        elif image.shape[:2] != self._stored_size(camera):
+            raise ValueError(
+                f"the frame is {_px(image.shape[:2])}, the camera's first one "
+                f"{_px(self._stored_size(camera))}; with an image size given (image_size), all "
+                f"frames are brought to it"
+            )
+        out[:] = image
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
@@ -147,7 +181,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
       where: names the frame in messages.
     """
     try:
-        return _decode(data, None)
+        return _decode(data)
     except _BROKEN as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -177,19 +211,46 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _decode(data: bytes, size: tuple[int, int] | None) -> np.ndarray:
-    """An encoded frame's pixels; of a JPEG larger than `size`, the smallest that are not smaller
-    and that the DCT's scaling (by eighths) gives, which saves most of the decoding."""
+def _decode(
+    data: bytes, size: tuple[int, int] | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """An encoded frame's pixels.
+
+    Args:
+      data: as of `decode_image`.
+      size: (height, width) that is wanted, px. Of a larger JPEG come the fewest pixels that are not
+        fewer and that the DCT's scaling (by eighths) gives, which saves most of the decoding.
+      out: uint8[H, W, 3], memory to use; a JPEG of that size is decoded in place.
+
+    Returns:
+      uint8[H', W', 3]: `out` itself if it is of that size.
+    """
     try:
-        if _is_jpeg(data):
-            height, width = size or (0, 0)  # 0: no scaling
-            return simplejpeg.decode_jpeg(
-                data, "RGB", fastdct=True, fastupsample=False, min_height=height, min_width=width
-            )
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+        if not _is_jpeg(data):
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(image.convert("RGB"))
+        try:
+            pixels = _decode_jpeg(data, size, out)
+        except ValueError:
+            # `out` is too small; or the data is broken, which shows again.
+            pixels = _decode_jpeg(data, size, None)
+        return out if out is not None and pixels.shape == out.shape else pixels
     except _BROKEN as error:
         raise ValueError(f"the frame cannot be decoded ({error})") from error
+
+
+def _decode_jpeg(data: bytes, size: tuple[int, int] | None, out: np.ndarray | None) -> np.ndarray:
+    """uint8[H', W', 3], in the memory of `out` if it is given."""
+    height, width = size or (0, 0)  # 0: no scaling
+    return simplejpeg.decode_jpeg(
+        data,
+        "RGB",
+        fastdct=True,
+        fastupsample=False,
+        min_height=height,
+        min_width=width,
+        buffer=out,
+    )
 
 
 def _is_jpeg(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures for `lara data inspect`, each a piece of HTML that needs no other file.
+"""Pages that are one file, and what they show: `lara data inspect`, `lara report`.
 
 Frames are JPEGs inside the page; plots are SVG, written out here: hundreds of them make a page, and
 a line or sixty bars are soon drawn.
@@ -6,8 +6,11 @@ a line or sixty bars are soon drawn.
 
 import base64
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,6 +27,19 @@ WIDTH, HEIGHT = 164, 104
 LEFT, RIGHT, TOP, BOTTOM = 2, WIDTH - 2, 18, HEIGHT - 14
 POINTS = 400
 BINS = 60
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1250px; color: #222;
+       padding: 0 1em; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 2px solid #3b6fb6; margin-top: 2em; }
+table { border-collapse: collapse; margin: .6em 0; }
+th, td { padding: .15em .7em; border-bottom: 1px solid #ddd; text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+svg text { fill: #555; } .grid { display: flex; flex-wrap: wrap; gap: 4px; }
+.film { display: flex; overflow-x: auto; gap: .4em; }
+figure { margin: 0; flex: none; } figcaption { font-size: 12px; max-width: 220px; }
+.broken { width: 160px; color: #a00; font-size: 12px; } .note { color: #666; }
+"""
 
 
 def frame(pixels: np.ndarray, boxes: Sequence[Box], alt: str) -> str:
@@ -66,15 +82,56 @@ def curve(
     Returns:
       An svg element.
     """
-    shown = [float(values.min()), float(values.max()), *(extent or ())]
-    low, high = min(shown), max(shown)
-    drawn = values[:: -(-len(values) // POINTS)].astype(np.float64)
-    x = np.linspace(LEFT, RIGHT, len(drawn))
-    share = (drawn - low) / (high - low) if high > low else np.full(len(drawn), 0.5)
-    y = BOTTOM - share * (BOTTOM - TOP)
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    line = f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.3"/>'
-    return _plot(name, line, f"{low:.3g}", f"{high:.3g}")
+    return lines([Line(np.arange(len(values)), values, colour)], name, extent=extent)
+
+
+@dataclass(frozen=True)
+class Line:
+    """float[n] places and values, n at least 1, its colour, width in px and opacity."""
+
+    x: np.ndarray
+    y: np.ndarray
+    colour: str = RAW
+    width: float = 1.3
+    opacity: float = 1.0
+
+
+def lines(drawn: Sequence[Line], name: str, *, extent: tuple[float, float] | None = None) -> str:
+    """Lines in one plot, its least and greatest value below it.
+
+    Args:
+      drawn: at least one; of more than POINTS points, every second, third, ... is drawn.
+      name: stands above.
+      extent: what to show at least; None for the range of the values.
+
+    Returns:
+      An svg element.
+    """
+    low, high = _range([line.y for line in drawn], *(extent or ()))
+    left, right = _range([line.x for line in drawn])
+    parts = []
+    for line in drawn:
+        every = slice(None, None, -(-len(line.y) // POINTS))
+        x = LEFT + _share(line.x[every], left, right) * (RIGHT - LEFT)
+        y = BOTTOM - _share(line.y[every], low, high) * (BOTTOM - TOP)
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+        faint = "" if line.opacity == 1 else f' opacity="{line.opacity:g}"'
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{line.colour}" '
+            f'stroke-width="{line.width:g}"{faint}/>'
+        )
+    return _plot(name, "".join(parts), f"{low:.3g}", f"{high:.3g}")
+
+
+def _range(values: Sequence[np.ndarray], *others: float) -> tuple[float, float]:
+    shown = [float(bound) for v in values for bound in (v.min(), v.max())]
+    return min(*shown, *others), max(*shown, *others)
+
+
+def _share(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Places between low and high, 0 to 1; the middle where there is nothing between."""
+    values = values.astype(np.float64)
+    return (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
 
 
 def histogram(values: np.ndarray, name: str, *, extent: tuple[float, float, float, float]) -> str:
@@ -125,3 +182,42 @@ def _plot(name: str, drawn: str, left: str, right: str) -> str:
         + text.format(RIGHT, HEIGHT - 3, 9, "end", right)
         + "</svg>"
     )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table; numbers to the right, floats with five digits."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = [f"<tr>{head}</tr>"] if header else []
+    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int | float):
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+        return f'<td class="n">{text}</td>'
+    return f"<td>{escape(str(value))}</td>"
+
+
+def grid(pictures: Iterable[str]) -> str:
+    """Pictures side by side."""
+    return '<div class="grid">' + "\n".join(pictures) + "</div>"
+
+
+def save_page(out: str | os.PathLike[str], title: str, sections: Iterable[str]) -> Path:
+    """Writes sections of HTML as a page that loads and runs nothing.
+
+    Returns:
+      The file.
+    """
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -21,10 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines import catalog
+from data_pipelines.catalog import Part
 from data_pipelines.frames import FrameReader
-from data_pipelines.index.build import open_or_build
 from data_pipelines.index.format import FLAGS, Index
-from data_pipelines.inspect_figures import SCALED, curve, frame, histogram
+from data_pipelines.inspect_figures import (
+    SCALED,
+    curve,
+    frame,
+    grid,
+    histogram,
+    save_page,
+    table,
+)
 from data_pipelines.statistics import (
     COLUMNS,
     DatasetStatistics,
@@ -39,19 +47,6 @@ INSTRUCTIONS = 20
 HISTOGRAM_ROWS = 200_000
 CHUNK_ROWS = 1 << 18
 EEF_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1250px; color: #222;
-       padding: 0 1em; }
-h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 2px solid #3b6fb6; margin-top: 2em; }
-table { border-collapse: collapse; margin: .6em 0; }
-th, td { padding: .15em .7em; border-bottom: 1px solid #ddd; text-align: left;
-         vertical-align: top; overflow-wrap: anywhere; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg text { fill: #555; } .grid { display: flex; flex-wrap: wrap; gap: 4px; }
-.film { display: flex; overflow-x: auto; gap: .4em; }
-figure { margin: 0; flex: none; } figcaption { font-size: 12px; max-width: 220px; }
-.broken { width: 160px; color: #a00; font-size: 12px; } .note { color: #666; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +55,8 @@ class Summary:
 
     Attributes:
       dataset, split: its name and part.
-      episodes, rows, stored_steps, dropped_steps, empty_episodes: as the index counts them.
+      episodes, rows, stored_steps, dropped_steps: of the part.
+      empty_episodes: of the whole split.
       flags: rows that carry each flag; a row may carry several.
       steps: rows that the filters leave.
       weight: in the mixture.
@@ -83,7 +79,7 @@ class Summary:
 
 
 def write_page(
-    indexes: Sequence[Index],
+    parts: Sequence[Part],
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] = (),
@@ -94,7 +90,7 @@ def write_page(
     """Writes the page of a dataset or of a mixture.
 
     Args:
-      indexes: one for each set.
+      parts: of the sets, one for each.
       out: the HTML file.
       weights: of the sets; all 1 if there are none.
       title: the page's heading; the sets' names where it is empty.
@@ -107,12 +103,12 @@ def write_page(
     Raises:
       ValueError: no set, weights that do not fit, or a set without steps.
     """
-    path, _ = _write(indexes, out, weights, title, filters, episodes)
+    path, _ = _write(parts, out, weights, title, filters, episodes)
     return path
 
 
 def _write(
-    indexes: Sequence[Index],
+    parts: Sequence[Part],
     out: str | os.PathLike[str],
     weights: Sequence[float],
     title: str,
@@ -120,54 +116,46 @@ def _write(
     episodes: int,
 ) -> tuple[Path, list[Summary]]:
     """`write_page`, and what it says of the sets."""
-    weights = tuple(weights) or (1.0,) * len(indexes)
-    if not indexes or len(weights) != len(indexes):
-        raise ValueError(f"{len(indexes)} sets and {len(weights)} weights; expected one for each")
+    weights = tuple(weights) or (1.0,) * len(parts)
+    if not parts or len(weights) != len(parts):
+        raise ValueError(f"{len(parts)} sets and {len(weights)} weights; expected one for each")
     bad = [weight for weight in weights if not 0 < weight < float("inf")]
     if bad:
         raise ValueError(f"weights {bad}: they must be positive")
     if episodes < 0:
         raise ValueError(f"{episodes} episodes; at least 0")
-    title = title or ", ".join(index.spec.name for index in indexes)
-    statistics = [index_statistics(index, filters=filters) for index in indexes]
+    title = title or ", ".join(part.index.spec.name for part in parts)
+    statistics = [
+        index_statistics(part.index, filters=filters, episodes=part.episodes) for part in parts
+    ]
     mass = [weight * found.steps for weight, found in zip(weights, statistics, strict=True)]
     summaries, sections = [], []
     sets = tqdm(
-        list(zip(indexes, statistics, weights, mass, strict=True)),
+        list(zip(parts, statistics, weights, mass, strict=True)),
         desc="inspecting", unit=" sets", delay=1, file=sys.stderr,
     )  # fmt: skip
-    for index, found, weight, part in sets:
-        films = [_episode(index, number, found) for number in _spread(index, episodes)]
+    for part, found, weight, own in sets:
+        films = [_episode(part.index, number, found) for number in _spread(part, episodes)]
         summaries.append(
-            _summary(index, found, weight, part / sum(mass), sum(broken for _, broken in films))
+            _summary(part, found, weight, own / sum(mass), sum(broken for _, broken in films))
         )
-        body = [_dataset(index, found, summaries[-1], filters), *(film for film, _ in films)]
+        body = [_dataset(part, found, summaries[-1], filters), *(film for film, _ in films)]
         sections.append("\n".join(body))
-    if len(indexes) > 1:
+    if len(parts) > 1:
         sections.insert(0, _mixture(summaries))
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path, summaries
+    return save_page(out, title, sections), summaries
 
 
 def _summary(
-    index: Index, found: DatasetStatistics, weight: float, share: float, broken: int
+    part: Part, found: DatasetStatistics, weight: float, share: float, broken: int
 ) -> Summary:
-    counts = index.header.counts
-    names = ("episodes", "rows", "stored_steps", "dropped_steps", "empty_episodes")
+    header, flags = part.index.header, part.index.rows["flags"][part.rows]
     return Summary(
-        dataset=index.spec.name,
-        split=index.header.split,
-        **{name: counts[name] for name in names},
-        flags={name: counts[f"flag:{name}"] for name in FLAGS},
+        dataset=header.dataset,
+        split=part.split or header.split,
+        **part.counts,
+        empty_episodes=header.counts["empty_episodes"],
+        flags={name: int(np.count_nonzero(flags & bit)) for name, bit in FLAGS.items()},
         steps=found.steps,
         weight=weight,
         share=share,
@@ -178,18 +166,17 @@ def _summary(
 def _mixture(summaries: Sequence[Summary]) -> str:
     """The table of the sets."""
     rows = [[s.dataset, s.episodes, s.steps, s.weight, _percent(s.share)] for s in summaries]
-    return "<h2>Mixture</h2>\n" + _table(
+    return "<h2>Mixture</h2>\n" + table(
         ["set", "episodes", "steps", "weight", "share of the samples"], rows
     )
 
 
-def _dataset(
-    index: Index, found: DatasetStatistics, summary: Summary, filters: Sequence[str]
-) -> str:
+def _dataset(part: Part, found: DatasetStatistics, summary: Summary, filters: Sequence[str]) -> str:
     """All of a set but its sample episodes."""
+    index = part.index
     spec, header = index.spec, index.header
     facts = {
-        "version, split": f"{header.version}, {header.split}",
+        "version, split": f"{header.version}, {summary.split}",
         "source": index.source,
         "robot": spec.robot,
         "control rate": f"{spec.control_hz:g} Hz" if spec.control_hz else "unknown",
@@ -208,7 +195,7 @@ def _dataset(
     }
     counted: list[Sequence[object]] = [
         ["episodes", summary.episodes, ""],
-        ["episodes without a step", summary.empty_episodes, "left out"],
+        ["episodes of the split without a step", summary.empty_episodes, "left out"],
         ["stored steps", summary.stored_steps, ""],
         ["of them no rows by the set's rules", summary.dropped_steps, "left out"],
         *(
@@ -217,17 +204,17 @@ def _dataset(
         ),
         [f"steps left (filters: {', '.join(filters) or 'none'})", found.steps, ""],
     ]
-    instructions, distinct = _instructions(index)
-    listed = [[text, count, _percent(count / len(index))] for text, count in instructions]
+    instructions, distinct = _instructions(part)
+    listed = [[text, count, _percent(count / summary.rows)] for text, count in instructions]
     parts = [
         f"<h2>{escape(spec.name)}</h2>",
-        _table((), [(name, value) for name, value in facts.items() if value]),
+        table((), [(name, value) for name, value in facts.items() if value]),
         "<h3>What there is and what is left out</h3>",
-        _table(["", "count", ""], counted),
+        table(["", "count", ""], counted),
         "<h3>Statistics</h3>",
-        *_statistics(index, found, filters),
+        *_statistics(part, found, filters),
         f"<h3>Instructions: {distinct} different ones</h3>",
-        _table(["the most frequent", "steps", "share"], listed),
+        table(["the most frequent", "steps", "share"], listed),
     ]
     return "\n".join(parts)
 
@@ -240,21 +227,22 @@ def _cameras(index: Index) -> Iterator[str]:
         yield f"{name}{role}, {camera.kind}, {camera.height}x{camera.width} px (height x width)"
 
 
-def _statistics(index: Index, found: DatasetStatistics, filters: Sequence[str]) -> Iterator[str]:
+def _statistics(part: Part, found: DatasetStatistics, filters: Sequence[str]) -> Iterator[str]:
     """Tables and histograms of actions and states."""
-    every = max(1, -(-len(index) // HISTOGRAM_ROWS))
+    index = part.index
+    every = max(1, -(-part.counts["rows"] // HISTOGRAM_ROWS))
     bits = sum(FLAGS[name] for name in set(filters))
-    kept = (index.rows["flags"][::every] & bits) == 0
+    kept = (index.rows["flags"][part.rows][::every] & bits) == 0
     for name, vector, modes in (
         ("action", found.action, found.action_modes),
         ("state", found.state, found.state_modes),
     ):
         names = _dimensions(index, name)
         columns = zip(names, modes, *(getattr(vector, c) for c in COLUMNS), strict=True)
-        yield _table([name, "normalised by", *COLUMNS], [list(row) for row in columns])
-        values = (index.actions if name == "action" else index.states)[::every][kept]
+        yield table([name, "normalised by", *COLUMNS], [list(row) for row in columns])
+        values = (index.actions if name == "action" else index.states)[part.rows][::every][kept]
         extents = zip(vector.min, vector.q01, vector.q99, vector.max, strict=True)
-        yield _grid(
+        yield grid(
             histogram(column, dimension, extent=extent)
             for column, dimension, extent in zip(values.T, names, extents, strict=True)
         )
@@ -265,12 +253,14 @@ def _statistics(index: Index, found: DatasetStatistics, filters: Sequence[str]) 
     )
 
 
-def _instructions(index: Index) -> tuple[list[tuple[str, int]], int]:
+def _instructions(part: Part) -> tuple[list[tuple[str, int]], int]:
     """The most frequent instructions with their steps, and how many different ones there are."""
+    index = part.index
     counts: Counter[int] = Counter()
     rows: dict[int, int] = {}
-    for start in range(0, len(index), CHUNK_ROWS):
-        texts = index.array("rows.bin")["instruction"][start : start + CHUNK_ROWS]
+    for start in range(part.rows.start, part.rows.stop, CHUNK_ROWS):
+        end = min(start + CHUNK_ROWS, part.rows.stop)
+        texts = index.array("rows.bin")["instruction"][start:end]
         numbers, first, steps = np.unique(texts, return_index=True, return_counts=True)
         counts.update(dict(zip(numbers.tolist(), steps.tolist(), strict=True)))
         for number, row in zip(numbers.tolist(), first.tolist(), strict=True):
@@ -282,9 +272,10 @@ def _instructions(index: Index) -> tuple[list[tuple[str, int]], int]:
     return top, len(counts)
 
 
-def _spread(index: Index, count: int) -> list[int]:
+def _spread(part: Part, count: int) -> list[int]:
     """Numbers of `count` episodes, evenly spread, or of all."""
-    return np.unique(np.linspace(0, len(index.episodes) - 1, count).astype(int)).tolist()
+    numbers = np.arange(len(part.index.episodes))[part.episodes]
+    return np.unique(numbers[np.linspace(0, len(numbers) - 1, count).astype(int)]).tolist()
 
 
 def _episode(index: Index, number: int, found: DatasetStatistics) -> tuple[str, int]:
@@ -311,9 +302,9 @@ def _episode(index: Index, number: int, found: DatasetStatistics) -> tuple[str, 
     names = _dimensions(index, "action")
     parts += [
         '<p class="note">Actions as they are stored, least and greatest value below:</p>',
-        _grid(curve(v, name) for v, name in zip(actions.T, names, strict=True)),
+        grid(curve(v, name) for v, name in zip(actions.T, names, strict=True)),
         '<p class="note">and normalised, as the model sees them, from -1 to 1 at least:</p>',
-        _grid(
+        grid(
             curve(v, name, colour=SCALED, extent=(-1, 1))
             for v, name in zip(scaled.T, names, strict=True)
         ),
@@ -350,25 +341,6 @@ def _dimensions(index: Index, vector: str) -> list[str]:
     return [f"{vector}[{number}]" for number in range(width)]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table; numbers to the right, floats with five digits."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = [f"<tr>{head}</tr>"] if header else []
-    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, int | float):
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-        return f'<td class="n">{text}</td>'
-    return f"<td>{escape(str(value))}</td>"
-
-
-def _grid(pictures: Iterable[str]) -> str:
-    return '<div class="grid">' + "\n".join(pictures) + "</div>"
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
@@ -388,7 +360,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--mixture", metavar="NAME", help="built in or from --definitions")
     parser.add_argument("--weights", type=float, nargs="+", default=[], metavar="W", help="of DATA")
     parser.add_argument("--definitions", metavar="FILE", help="sets of your own (TOML)")
-    parser.add_argument("--split", default="train", help="of each dataset (default: train)")
+    parser.add_argument(
+        "--split", default="train", help="of each dataset, such as train[:95%%] (default: train)"
+    )
     parser.add_argument(
         "--filter",
         action="append",
@@ -400,19 +374,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("page.html"), help="default: page.html")
     parser.add_argument("--json", action="store_true", help="print a line for each dataset")
     arguments = parser.parse_args(argv)
-    paths, weights = arguments.data, arguments.weights
+    definitions, weights = arguments.definitions or "", arguments.weights
+    entries = [entry for path in arguments.data for entry in catalog.entries(path)]
     if arguments.mixture is not None:
-        if len(paths) != 1 or weights:
+        if len(entries) != 1 or weights:
             raise ValueError("--mixture: give the one folder that holds its datasets, no weights")
-        entries = catalog.entries(
-            paths[0], mixture=arguments.mixture, definitions=arguments.definitions or ""
-        )
-        paths, weights = [e.path for e in entries], [e.weight for e in entries]
-    indexes = [
-        open_or_build(path, arguments.split, definitions=arguments.definitions) for path in paths
-    ]
+        (root,) = arguments.data
+        entries = list(catalog.entries(root, mixture=arguments.mixture, definitions=definitions))
+        weights = [entry.weight for entry in entries]
     path, summaries = _write(
-        indexes,
+        [catalog.open_part(e, arguments.split, definitions=definitions) for e in entries],
         arguments.out,
         weights,
         arguments.mixture or "",

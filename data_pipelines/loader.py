@@ -4,16 +4,19 @@ Everything is a function of a position in the stream, so batch n of a run is a f
 n) and nothing else: not of the number of hosts, worker processes or threads, nor of where a run was
 stopped. What to save is one integer, the number of samples taken, and the mixture's fingerprint.
 
-    position --place in batch--> sample of the MixtureSource --row--> arrays, B of them --> Batch
+    positions  --MixtureSource.locate--> datasets and steps of a thousand samples
+               --MixtureSource.samples, normalizers--> their numbers, words, places of frames
+    a batch's  --prompt, MixtureSource.pixels--> what a Batch holds
 
-grain deals positions to hosts like cards: of a batch of B = 8, host 0 of 2 gets 0 2 4 6 and host 1
-gets 1 3 5 7. The hosts' parts, one after the other, shall be the batch in its one order, so the
-cards are numbered such that host 0 finds samples 0 1 2 3 and host 1 finds 4 5 6 7.
+Numbers are cheap if looked up by the thousand, and dear one at a time; frames are decoded by the
+batch, to where they stay. So grain's element is a host's part of a batch. grain deals elements to
+hosts like cards: host h of 4 gets h, h + 4, ... Of a batch of 8, card 1 of 2 is positions 4 5 6 7,
+so that the hosts' parts, one after the other, are the batch in its one order.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import grain
@@ -21,12 +24,16 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.mixture import MixtureSource
+from data_pipelines.permutation import uniform
 from lara_jax.batch import Batch
 from lara_jax.tokenizers.prompt import Annotation
 from lara_jax.transforms import Normalizer
 
-# (instruction, annotation) -> prefix_ids, prefix_mask, suffix_ids, suffix_mask, loss_mask.
-Prompt = Callable[[str, Annotation | None], dict[str, np.ndarray]]
+# (instruction, annotation) -> prefix_ids, prefix_mask, suffix_ids, suffix_mask, loss_mask; it is
+# also given action_ids where there are action tokens, and spoken where there is a silent share.
+Prompt = Callable[..., dict[str, np.ndarray]]
+_ENDLESS = 2**40  # batches
+_TOGETHER = 1024  # samples whose numbers are looked up together
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,10 @@ class Loader:
       num_workers: processes that prepare batches ahead; 0 for none but this one. They start by
         importing the main program, which must do its work under `if __name__ == "__main__"`.
       host: number of this host, and of hosts; this one gets its part of each batch.
+      action_tokens: from normalised chunks float32[N, C, A] to the N lists of token ids that the
+        prompts end with; None for prompts without.
+      silent_share: from the number of a training batch to the share of its rows whose prompt is not
+        `spoken` (lara_jax.curriculum); None for prompts that do not know of this.
     """
 
     source: MixtureSource
@@ -101,6 +112,8 @@ class Loader:
     num_threads: int = 2
     num_workers: int = 0
     host: tuple[int, int] = (0, 1)
+    action_tokens: Callable[[np.ndarray], list[Any]] | None = None
+    silent_share: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
         number, hosts = self.host
@@ -158,13 +171,18 @@ class Loader:
             raise ValueError(f"start_step is {start_step}; it must not be negative")
         _ = self.source.draws  # checks the mixture
         batches = iter(self.dataset())
-        batches.set_state({"global_next_index": start_step * self.batch_size})
+        batches.set_state({"global_next_index": start_step * self.host[1]})
         return self._batches(batches)
 
-    def dataset(self, samples: int = sys.maxsize) -> grain.experimental.ElasticIterator:
-        """The grain dataset behind `iterate`: this host's part of the batches of so many samples,
-        as dicts of arrays."""
-        return self._chain(self.source.__getitem__, samples)
+    def dataset(self, batches: int = _ENDLESS) -> grain.experimental.ElasticIterator:
+        """The grain dataset behind `iterate`: this host's part of so many batches, as dicts of
+        arrays with an axis of 1 in front."""
+        return self._chain(self.source.locate, batches, spoken=self._spoken)
+
+    def normalized_chunks(self, count: int) -> np.ndarray:
+        """The action chunks of the first `count` samples of the stream, a fair sample of the data:
+        float32[count, C, A], normalised."""
+        return self._numbers(*self.source.locate(np.arange(count)))["actions"]
 
     def epoch(self) -> Iterator[tuple[Batch, np.ndarray]]:
         """Every step of every set once, in order, for evaluation.
@@ -175,58 +193,64 @@ class Loader:
         """
         steps = self.source.steps
         numbers = np.arange(-(-steps // self.batch_size) * self.batch_size)
-        dataset = self._chain(lambda number: self.source.step(min(number, steps - 1)), len(numbers))
         batches = numbers.reshape(-1, self.batch_size)[:, self.host_rows]
+        dataset = self._chain(
+            lambda n: self.source.in_order(np.minimum(n, steps - 1)), len(batches)
+        )
         for batch, rows in zip(self._batches(iter(dataset)), batches, strict=True):
             yield batch, rows < steps
 
-    def row(self, sample: dict[str, Any]) -> dict[str, np.ndarray]:
-        """One sample as the arrays of a batch's row, still in the data's units: the state padded,
-        the words tokenised."""
-        dataset, sample_id = sample["dataset"], sample["sample_id"]
-        try:
-            tokens = self.prompt(sample["instruction"], sample["annotation"])
-        except ValueError as error:
-            raise ValueError(f"{self.source.where(dataset, sample_id)}: {error}") from error
-        words = {"instruction", "annotation"}
-        # Next frames that were not read are the frames themselves: `batch` needs no copy of them.
-        left_out = words if self.source.sources[dataset].next_frames else words | {"next_images"}
-        arrays = {name: value for name, value in sample.items() if name not in left_out}
-        state = np.zeros(self.state_dim, np.float32)
-        state[: len(sample["state"])] = sample["state"]
-        numbers = {"dataset": np.int32(dataset), "sample_id": np.int32(sample_id)}
-        return {**arrays, **tokens, **numbers, "state": state}
+    def batch_of(self, datasets: np.ndarray, numbers: np.ndarray) -> Batch:
+        """A batch of chosen steps, read here and now, for evaluation.
 
-    def batch(self, rows: dict[str, np.ndarray]) -> Batch:
-        """Batched rows as the model reads them: actions and states normalised, set by set."""
-        actions, states = np.array(rows["actions"]), np.array(rows["state"])
-        for dataset in np.unique(rows["dataset"]):
-            source = self.source.sources[dataset]
-            action_normalizer, state_normalizer = self.normalizers[source.name]
-            a, j = action_normalizer.statistics.width, state_normalizer.statistics.width
-            of = np.flatnonzero(rows["dataset"] == dataset)
-            own = action_normalizer.normalize(actions[of, :, :a])
-            # Past the end, relative dimensions are 0 as the model sees it (Octo and OpenVLA do the
-            # same).
-            own[~rows["action_mask"][of, :, :a] & ~source.absolute] = 0
-            actions[of, :, :a] = own
-            states[of, :j] = state_normalizer.normalize(states[of, :j])
-        changed = {"actions": actions, "state": states}
-        return Batch(**{"next_images": rows["images"], **rows, **changed})
+        Args:
+          datasets, numbers: int[B] each, the set of each row and the number of the step in it.
+        """
+        arrays = self._arrays(self._numbers(datasets, numbers))
+        return Batch(**{"next_images": arrays["images"], **arrays})
 
     def _chain(
-        self, sample: Callable[[int], dict[str, Any]], samples: int
+        self,
+        locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        batches: int,
+        *,
+        spoken: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> grain.experimental.ElasticIterator:
-        """Positions dealt to hosts, made samples, made rows, put into batches ahead of time."""
+        """Parts of batches dealt to hosts, made arrays ahead of time.
+
+        Args:
+          locate: as `MixtureSource.locate`.
+          batches: how many there are.
+          spoken: from positions to bool; None for no row.
+        """
         number, hosts = self.host
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
         if self.num_workers and not flags.FLAGS.is_parsed():
             # grain looks at its own absl flags, which our command line does not set.
             flags.FLAGS.mark_as_parsed()
+        rows = self.batch_size // hosts
+        together = max(1, _TOGETHER // rows)
+        deal = hosts * max(1, self.num_workers)  # from one card of a process to its next
+
+        def numbers(block: tuple[int, int]) -> dict[str, Any]:
+            turn, first = block
+            cards = first + deal * (turn * together + np.arange(together))
+            positions = rows * cards[:, None] + np.arange(rows)
+            samples = self._numbers(*locate(positions.ravel()))
+            return samples if spoken is None else samples | {"spoken": spoken(positions.ravel())}
+
+        blocks = _Latest(numbers)
+
+        def part(card: int) -> dict[str, np.ndarray]:
+            turn, first = divmod(card, deal)
+            block, place = divmod(turn, together)
+            samples = blocks((block, first))
+            own = slice(place * rows, (place + 1) * rows)
+            return self._arrays({name: values[own] for name, values in samples.items()})
+
         return grain.experimental.ElasticIterator(
-            # One map, as each costs as much as the step's numbers do.
-            grain.MapDataset.range(samples).map(lambda card: self.row(sample(self._place(card)))),
-            global_batch_size=self.batch_size,
+            grain.MapDataset.range(batches * hosts).map(part),
+            global_batch_size=hosts,  # in cards
             shard_options=grain.sharding.ShardOptions(number, hosts),
             # Both options count batches.
             read_options=grain.ReadOptions(
@@ -236,17 +260,79 @@ class Loader:
             multiprocessing_options=workers if self.num_workers else None,
         )
 
-    def _place(self, card: int) -> int:
-        """The position in the stream of what grain deals to host `card` mod n: see the top."""
-        hosts = self.host[1]
-        batch, place = divmod(card, self.batch_size)
-        slot, host = divmod(place, hosts)
-        return batch * self.batch_size + host * (self.batch_size // hosts) + slot
+    def _numbers(self, datasets: np.ndarray, numbers: np.ndarray) -> dict[str, Any]:
+        """Samples as of `MixtureSource.samples`, normalised."""
+        samples = self.source.samples(datasets, numbers, self.state_dim)
+        actions, mask, states = samples["actions"], samples["action_mask"], samples["state"]
+        for source, at in self.source.by_source(datasets):
+            action_normalizer, state_normalizer = self.normalizers[source.name]
+            a, j = action_normalizer.statistics.width, state_normalizer.statistics.width
+            own = action_normalizer.normalize(actions[at, :, :a])
+            # Past the end, relative dimensions are 0 as the model sees it (Octo and OpenVLA do the
+            # same).
+            own[~mask[at, :, :a] & ~source.absolute] = 0
+            actions[at, :, :a] = own
+            states[at, :j] = state_normalizer.normalize(states[at, :j])
+        if self.action_tokens is not None:
+            samples["action_ids"] = self.action_tokens(actions)
+        return samples
 
-    def _batches(self, rows: grain.DatasetIterator) -> Iterator[Batch]:
+    def _spoken(self, positions: np.ndarray) -> np.ndarray:
+        """bool[N], the rows at these positions of the stream that are spoken."""
+        if self.silent_share is None:
+            return np.zeros(len(positions), bool)
+        numbers, place = np.unique(positions // self.batch_size, return_inverse=True)
+        shares = np.array([self.silent_share(number) for number in numbers.tolist()])
+        return uniform(self.source.seed, positions) >= shares[place]
+
+    def _arrays(self, samples: dict[str, Any]) -> dict[str, np.ndarray]:
+        """What a Batch holds, of a batch's samples as of `_numbers`: the words tokenised, the
+        frames read; without next frames, no `next_images`."""
+        words = samples.pop("instruction"), samples.pop("annotation")
+        action_ids, spoken = samples.pop("action_ids", None), samples.pop("spoken", None)
+        tokens = []
+        for b, (instruction, annotation) in enumerate(zip(*words, strict=True)):
+            more = {} if action_ids is None else {"action_ids": action_ids[b]}
+            if self.silent_share is not None:
+                more["spoken"] = spoken is not None and bool(spoken[b])
+            try:
+                tokens.append(self.prompt(instruction, annotation, **more))
+            except ValueError as error:
+                where = self.source.where(samples["dataset"][b], samples["sample_id"][b])
+                raise ValueError(f"{where}: {error}") from error
+        return {
+            **{name: np.array([row[name] for row in tokens]) for name in tokens[0]},
+            "annotated": np.array([annotation is not None for annotation in words[1]]),
+            **self.source.pixels(samples["dataset"], samples.pop("frames")),
+            **samples,
+        }
+
+    def _batches(self, parts: grain.DatasetIterator) -> Iterator[Batch]:
         """The batches of grain's iterator; its threads and processes end with them."""
         try:
-            for arrays in rows:
-                yield self.batch(arrays)
+            for part in parts:
+                arrays = {name: values[0] for name, values in part.items()}
+                # Next frames that were not read are the frames themselves.
+                yield Batch(**{"next_images": arrays["images"], **arrays})
         finally:
-            rows.close()
+            parts.close()
+
+
+class _Latest:
+    """A function that remembers its latest values: each is computed once, whichever thread asks."""
+
+    def __init__(self, function: Callable[[Any], Any], size: int = 2) -> None:
+        self._function, self._size = function, size
+        self._lock = Lock()
+        self._values: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return _Latest, (self._function, self._size)
+
+    def __call__(self, key: Hashable) -> Any:
+        with self._lock:
+            if key not in self._values:
+                if len(self._values) == self._size:
+                    del self._values[next(iter(self._values))]
+                self._values[key] = self._function(key)
+            return self._values[key]

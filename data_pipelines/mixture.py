@@ -26,13 +26,15 @@ computed index by index: memory is that of the sets' counts, however long the st
 import hashlib
 import json
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
+from data_pipelines.memory import Memory
 from data_pipelines.permutation import permuted
 from data_pipelines.sampling import StepSource
 
@@ -76,6 +78,12 @@ class MixtureSource:
         missing = set.intersection(*(set(source.missing_views) for source in self.sources))
         if missing:
             raise ValueError(f"no dataset has the view(s) {sorted(missing)}; {self._cameras()}")
+        names = {source.name for source in self.sources}
+        if len(names) < len(self.sources):
+            raise ValueError(
+                f"{len(self.sources)} datasets have {len(names)} names ({', '.join(sorted(names))})"
+                f"; each must have its own, as statistics are kept by name"
+            )
 
     @cached_property
     def draws(self) -> tuple[int, ...]:
@@ -118,34 +126,72 @@ class MixtureSource:
         )
         return f"MixtureSource({names}; seed={self.seed}, balance={self.balance!r})"
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """The set and the number of the sample in it at any position of the stream, from 0 on."""
-        if position < 0:
-            raise IndexError(f"position {position}; the stream starts at 0")
-        epoch, place = divmod(position, len(self))
-        draw = permuted(place, len(self), self.seed, epoch)
-        dataset = bisect_right(self._ends, draw)
-        drawn = epoch * self.draws[dataset] + draw - (self._ends[dataset] - self.draws[dataset])
-        steps = self._steps[dataset]
-        rounds, number = divmod(drawn, steps)
-        return dataset, permuted(number, steps, self.seed, dataset, rounds)
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What lies at positions of the stream.
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """The sample at a position of the stream: as of `StepSource`, and `dataset`, its number."""
-        dataset, number = self.locate(position)
-        return {**self.sources[dataset][number], "dataset": dataset}
+        Args:
+          positions: int64[N], from 0 on.
+
+        Returns:
+          int64[N], the sets, and int64[N], the numbers of the samples in them.
+        """
+        for position in positions[positions < 0]:
+            raise IndexError(f"position {position}; the stream starts at 0")
+        epochs, places = np.divmod(positions, len(self))
+        seeds = [(self.seed, epoch) for epoch in epochs.tolist()]
+        draws = permuted(places, np.full(len(places), len(self)), seeds)
+        datasets = np.searchsorted(self._ends, draws, side="right")
+        of_set, steps = np.array(self.draws)[datasets], np.array(self._steps)[datasets]
+        drawn = epochs * of_set + draws - (np.array(self._ends)[datasets] - of_set)
+        rounds, numbers = np.divmod(drawn, steps)
+        passes = zip(datasets.tolist(), rounds.tolist(), strict=True)
+        return datasets, permuted(numbers, steps, [(self.seed, *each) for each in passes])
+
+    def in_order(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `locate`, of running numbers over all sets in order, in [0, steps)."""
+        ends = np.cumsum(self._steps)
+        datasets = np.searchsorted(ends, numbers, side="right")
+        return datasets, numbers - (ends - self._steps)[datasets]
 
     @property
     def steps(self) -> int:
         """The steps of all sets."""
         return sum(self._steps)
 
-    def step(self, number: int) -> dict[str, Any]:
-        """A sample by its running number over all sets in order, in [0, steps); as above."""
-        ends = tuple(accumulate(self._steps))
-        dataset = bisect_right(ends, number)
-        place = number - (ends[dataset] - self._steps[dataset])
-        return {**self.sources[dataset][place], "dataset": dataset}
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The sample at a position of the stream: as of `StepSource`, and `dataset`, its number."""
+        (dataset,), (number,) = self.locate(np.array([position]))
+        return {**self.sources[dataset][number], "dataset": int(dataset)}
+
+    def samples(self, datasets: np.ndarray, numbers: np.ndarray, state_dim: int) -> dict[str, Any]:
+        """Samples side by side, but for their pixels: as of `StepSource.empty`, and `dataset`,
+        int32[N].
+
+        Args:
+          datasets, numbers: as of `locate`.
+          state_dim: width of the states, at least that of the widest.
+        """
+        samples = self.sources[0].empty(len(numbers), state_dim)
+        samples["dataset"] = datasets.astype(np.int32)
+        for source, at in self.by_source(datasets):
+            source.fill(samples, at, numbers[at])
+        return samples
+
+    def pixels(self, datasets: np.ndarray, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads the frames of samples: as of `StepSource.empty_pixels`.
+
+        Args:
+          datasets, frames: of the samples.
+        """
+        pixels = self.sources[0].empty_pixels(len(datasets), self._memory)
+        for source, at in self.by_source(datasets):
+            source.read_frames(pixels, frames, at)
+        return pixels
+
+    def by_source(self, datasets: np.ndarray) -> Iterator[tuple[StepSource, np.ndarray]]:
+        """Each set of int[N] with its places there."""
+        for dataset in np.unique(datasets).tolist():
+            yield self.sources[dataset], np.flatnonzero(datasets == dataset)
 
     def where(self, dataset: int, row: int) -> str:
         """Names a step in messages, by the `dataset` and `sample_id` of a sample."""
@@ -162,6 +208,11 @@ class MixtureSource:
             "balance": self.balance,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _memory(self) -> Memory:
+        """For the frames of batches."""
+        return Memory()
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,7 @@ import numpy as np
 
 from data_pipelines.frames import FrameReader
 from data_pipelines.index.format import FLAGS, Index
+from data_pipelines.memory import Memory
 
 _BLOCK = 256  # rows that are searched for one that the filters keep
 _SCAN = 4096 * _BLOCK  # rows whose flags are looked at in one go
@@ -200,68 +201,128 @@ class StepSource:
         return start + int(np.flatnonzero(flags & self._filter == 0)[number - before])
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.row(operator.index(number))
-        index = self.index
-        first_row, rows, first_frame, *_ = index.episode_of(row).item()
-        actions, inside = action_chunk(
-            index.actions[first_row : first_row + rows],
-            row - first_row,
-            self.action_horizon,
-            self.absolute,
-            self.stride,
-        )
-        filling = self.width - actions.shape[1]
-        if filling:
-            actions = np.pad(actions, [(0, 0), (0, filling)])
-        return {
-            **self._frames(row, range(first_row, first_row + rows), first_frame),
-            "state": index.states[row],
-            "actions": actions,
-            "action_mask": inside[:, None] & self._own_dims,
-            "instruction": index.instruction(row),
-            "annotation": index.annotation(row),
-            "sample_id": row,
-        }
+        samples, at = self.empty(1), np.array([0])
+        self.fill(samples, at, np.array([operator.index(number)]))
+        pixels = self.empty_pixels(1, Memory())
+        self.read_frames(pixels, samples.pop("frames"), at)
+        item = {name: values[0] for name, values in (samples | pixels).items()}
+        # Next frames that were not read are the frames themselves.
+        return {"next_images": item["images"], **item}
 
-    def _frames(self, row: int, episode: range, first_frame: int) -> dict[str, np.ndarray]:
-        """The frames of a row.
+    def empty(self, count: int, state_dim: int = 0) -> dict[str, Any]:
+        """Room for samples of any dataset of a mixture, for `fill`.
 
         Args:
-          row: in the index.
-          episode: the rows of its episode.
-          first_frame: running number of the episode's first stored frame.
+          count: of samples.
+          state_dim: width of the states, filled up with zeros; 0 for the dataset's own.
+
+        Returns:
+          What an item holds, with an axis in front, but for the pixels; and
+          `frames` int64[N, V, 2], where each view's frame and next frame are stored, -1 for none.
         """
-        views: list[tuple[np.ndarray, np.ndarray, bool, bool]] = []
-        for camera, steps in self._cameras:
-            place = self._stored(row - steps * self.stride, episode)
-            if camera is None or place is None:
-                views.append((self._black, self._black, False, False))
-                continue
-            frame = later = place[0]
-            # Where the chunk's first action leads to, unless that is past the end.
-            if self.next_frames and not steps:
-                reached = self._stored(row + self.stride - 1, episode)
-                later = frame if reached is None else reached[1]
-            image, next_image, differs = self._reader.pair(
-                camera, first_frame + frame, first_frame + later
-            )
-            views.append((image, next_image, True, differs))
-        images, next_images, view_mask, next_mask = zip(*views, strict=True)
+        chunk = (count, self.action_horizon, self.width)
         return {
-            "images": _stack(images),
-            "view_mask": np.array(view_mask),
-            "next_images": _stack(next_images),
-            # A still scene teaches nothing about what comes next, and at the end nothing does.
-            "next_mask": np.array(next_mask),
+            "frames": np.full((count, len(self.views), 2), -1),
+            "view_mask": np.zeros((count, len(self.views)), bool),
+            "state": np.zeros((count, state_dim or self.index.spec.state_dim), np.float32),
+            "actions": np.zeros(chunk, np.float32),
+            "action_mask": np.zeros(chunk, bool),
+            "instruction": np.full(count, "", object),
+            "annotation": np.full(count, None, object),
+            "sample_id": np.zeros(count, np.int32),
         }
 
-    def _stored(self, row: int, episode: range) -> tuple[int, int] | None:
-        """A row's frame and next frame in its episode; None if the row is beyond the episode, or if
-        one of them does not decode and such rows are filtered out."""
-        if row not in episode:
-            return None
-        _, frame, next_frame, _, flags = self.index.rows[row].item()
-        return None if flags & self._filter & FLAGS["bad_frame"] else (frame, next_frame)
+    def fill(self, samples: dict[str, Any], at: np.ndarray, numbers: np.ndarray) -> None:
+        """Writes samples, all but their pixels, where there is room for them.
+
+        Args:
+          samples: of `empty`.
+          at: int[N], the places.
+          numbers: int[N], of the samples.
+        """
+        index = self.index
+        rows = np.array([self.row(number) for number in numbers.tolist()])
+        steps = index.rows[rows]
+        episodes = index.episodes[steps["episode"]]
+        ends = episodes["first_row"] + episodes["rows"]
+        actions, inside = action_chunks(
+            index.actions, rows, ends, self.action_horizon, self.absolute, self.stride
+        )
+        states = index.states[rows]
+        own = actions.shape[-1]
+        samples["actions"][at, :, :own] = actions
+        samples["action_mask"][at, :, :own] = inside[:, :, None]
+        samples["state"][at, : states.shape[-1]] = states
+        samples["sample_id"][at] = rows
+        texts = steps["instruction"].tolist()
+        instructions = {text: index.texts[text] for text in dict.fromkeys(texts)}
+        for place, row, text in zip(at.tolist(), rows.tolist(), texts, strict=True):
+            samples["instruction"][place] = instructions[text]
+            samples["annotation"][place] = index.annotation(row)
+
+        # Where the chunk's first action leads to, unless that is past the end.
+        reached = self._stored("next_frame", rows + self.stride - 1, episodes)
+        for v, (camera, back) in enumerate(self._cameras):
+            if camera is None:
+                continue
+            frame = self._stored("frame", rows - back * self.stride, episodes)
+            later = np.where((reached < 0) | (back > 0), frame, reached)
+            samples["frames"][at, v] = np.stack([frame, later], axis=1)
+            samples["view_mask"][at, v] = frame >= 0
+
+    def empty_pixels(self, count: int, memory: Memory) -> dict[str, np.ndarray]:
+        """Room for frames of any dataset of a mixture, for `read_frames`: `images`, `next_mask`
+        and, with `next_frames`, `next_images`."""
+        shape = (count, len(self.views), *self.size, 3)
+        return {
+            "images": memory.array(shape),
+            **({"next_images": memory.array(shape)} if self.next_frames else {}),
+            "next_mask": np.zeros(shape[:2], bool),
+        }
+
+    def read_frames(
+        self, pixels: dict[str, np.ndarray], frames: np.ndarray, at: np.ndarray
+    ) -> None:
+        """Reads samples' frames.
+
+        Args:
+          pixels: of `empty_pixels`.
+          frames: of `fill`.
+          at: int[N], the places of the samples in both.
+        """
+        names = ("images", "next_images") if self.next_frames else ("images",)
+        for v, (camera, _) in enumerate(self._cameras):
+            exists = frames[at, v, 0] >= 0
+            for name in names:
+                pixels[name][at[~exists], v] = 0
+            if camera is None:
+                continue
+            here = at[exists]
+            one, later = frames[here, v].T
+            outs = [[pixels[name][b, v] for b in here.tolist()] for name in names]
+            if self.next_frames:
+                # A still scene teaches nothing about what comes next, and at the end nothing does.
+                pixels["next_mask"][here, v] = self._reader.read_pairs(camera, one, later, *outs)
+            else:
+                self._reader.read(camera, one.tolist(), *outs)
+
+    def _stored(self, column: str, rows: np.ndarray, episodes: np.ndarray) -> np.ndarray:
+        """Where the frames of rows, int[N], are stored, -1 for none.
+
+        Args:
+          column: of ROW, "frame" or "next_frame".
+          rows: perhaps beyond their episodes: such a row has none, nor has one of whose frames one
+            does not decode if such rows are filtered out.
+          episodes: EPISODE[N].
+
+        Returns:
+          int64[N], running numbers of stored frames.
+        """
+        first = episodes["first_row"]
+        nearest = np.clip(rows, first, first + episodes["rows"] - 1)
+        steps = self.index.rows[nearest]
+        good = steps["flags"] & self._filter & FLAGS["bad_frame"] == 0
+        return np.where(good & (nearest == rows), episodes["first_frame"] + steps[column], -1)
 
     @property
     def _roles(self) -> dict[str, str]:
@@ -274,14 +335,9 @@ class StepSource:
         """Each view's camera, None where the dataset lacks it, and by how many steps earlier."""
         found = []
         for view in self.views:
-            match = _VIEW.fullmatch(view)
-            if match is None:
-                raise ValueError(
-                    f"view {view!r}: expected a camera's role or name, perhaps with steps to go "
-                    f"back, such as 'primary', 'image_0' or 'primary@-2'"
-                )
-            name = self._roles.get(match[1], match[1])
-            found.append((name if name in self.index.header.cameras else None, int(match[3] or 0)))
+            camera, steps = parse_view(view)
+            name = self._roles.get(camera, camera)
+            found.append((name if name in self.index.header.cameras else None, steps))
         return tuple(found)
 
     @property
@@ -294,16 +350,6 @@ class StepSource:
     @cached_property
     def _reader(self) -> FrameReader:
         return FrameReader(self.index, self.image_size)
-
-    @cached_property
-    def _black(self) -> np.ndarray:
-        """uint8[H, W, 3], what stands for a missing frame."""
-        return np.zeros((*self.size, 3), np.uint8)
-
-    @cached_property
-    def _own_dims(self) -> np.ndarray:
-        """bool[A], True for dimensions that the dataset has."""
-        return np.arange(self.width) < self.index.spec.action_dim
 
     @cached_property
     def _filter(self) -> int:
@@ -333,6 +379,21 @@ class StepSource:
             kept = flags[start : min(start + _SCAN, self._rows.stop)] & self._filter == 0
             counts.append(np.add.reduceat(kept, np.arange(0, len(kept), _BLOCK), dtype=np.int64))
         return np.cumsum(np.concatenate(counts)) if counts else np.zeros(0, np.int64)
+
+
+def parse_view(text: str) -> tuple[str, int]:
+    """A view's camera and by how many steps it is earlier: "primary@-2" -> ("primary", 2).
+
+    Raises:
+      ValueError: it is neither a camera nor one with steps to go back.
+    """
+    match = _VIEW.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"view {text!r}: expected a camera's role or name, perhaps with steps to go back, such "
+            f"as 'primary', 'image_0' or 'primary@-2'"
+        )
+    return match[1], int(match[3] or 0)
 
 
 @dataclass(frozen=True)
@@ -383,25 +444,34 @@ def parse_split(text: str) -> Split:
     )
 
 
-def action_chunk(
-    actions: np.ndarray, row: int, horizon: int, absolute: np.ndarray, stride: int = 1
+def action_chunks(
+    actions: np.ndarray,
+    rows: np.ndarray,
+    ends: np.ndarray,
+    horizon: int,
+    absolute: np.ndarray,
+    stride: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The actions from `row` on, holding still past the episode's end.
+    """The actions from rows on, holding still past their episodes' ends.
 
     Args:
-      actions: float32[N, A], an episode's actions in the data's units.
-      row: the first action, in [0, N).
+      actions: float32[R, A], of all episodes, in the data's units.
+      rows: int[N], the first actions.
+      ends: int[N], the row after each one's episode.
       horizon: C.
       absolute: bool[A], True for dimensions that hold their last value; the others become 0.
       stride: steps in an action of the chunk.
 
     Returns:
-      float32[C, A] and bool[C], True where the action starts inside the episode.
+      float32[N, C, A] and bool[N, C], True where the action starts inside the episode.
     """
-    steps = actions[row : row + horizon * stride]
-    inside = np.arange(horizon) * stride < len(steps)
-    groups = _hold(steps, horizon * stride, absolute).reshape(horizon, stride, -1)
-    return _merge(groups, absolute), inside
+    wanted = rows[:, None, None] + np.arange(horizon * stride).reshape(horizon, stride)
+    inside = wanted < ends[:, None, None]
+    steps = actions[np.minimum(wanted, ends[:, None, None] - 1)]
+    steps[~(inside[..., None] | absolute)] = 0
+    last = steps[:, :, -1]
+    merged = last if stride == 1 else np.where(absolute, last, steps.sum(axis=2))
+    return merged, inside[:, :, 0]
 
 
 def strided_actions(index: Index, stride: int) -> Iterator[np.ndarray]:
@@ -413,29 +483,5 @@ def strided_actions(index: Index, stride: int) -> Iterator[np.ndarray]:
     absolute = np.array(index.spec.absolute_action)
     for episode in index.episodes:
         first, rows = int(episode["first_row"]), int(episode["rows"])
-        steps = _hold(index.actions[first : first + rows], rows + stride - 1, absolute)
-        groups = np.lib.stride_tricks.sliding_window_view(steps, stride, axis=0)
-        yield _merge(groups.swapaxes(1, 2), absolute)
-
-
-def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8[V, H, W, 3]; a single view is not copied."""
-    return np.stack(images) if len(images) > 1 else images[0][None]
-
-
-def _hold(actions: np.ndarray, length: int, absolute: np.ndarray) -> np.ndarray:
-    """float32[N, A] -> float32[length, A], holding still after the last action."""
-    if len(actions) == length:
-        return actions
-    held = np.empty((length, actions.shape[1]), np.float32)
-    held[: len(actions)] = actions
-    held[len(actions) :] = np.where(absolute, actions[-1], 0)
-    return held
-
-
-def _merge(groups: np.ndarray, absolute: np.ndarray) -> np.ndarray:
-    """float32[..., stride, A] -> float32[..., A], one action for those of `stride` steps."""
-    last = groups[..., -1, :]
-    if groups.shape[-2] == 1:
-        return last
-    return np.where(absolute, last, groups.sum(axis=-2))
+        every, end = np.arange(first, first + rows), np.full(rows, first + rows)
+        yield action_chunks(index.actions, every, end, 1, absolute, stride)[0][:, 0]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data_pipelines.accumulator import Accumulator, first_non_finite
 from data_pipelines.index.format import FLAGS, Index
 from data_pipelines.oxe.spec import DatasetSpec
-from data_pipelines.sampling import parse_split, strided_actions
+from data_pipelines.sampling import strided_actions
 from lara_jax.evals.report import format_table
 from lara_jax.transforms import Normalizer, Statistics
 
@@ -217,17 +217,29 @@ def _compute(index: Index, job: Mapping[str, Any], partial: Path) -> DatasetStat
             f"{spec.name}: filters {filters} leave no step of the {rows_to_do} in episodes "
             f"{first} to {last}"
         )
-    return _result(spec, state, stride)
+    return statistics_of(spec, state.action, state.state, episodes=state.episodes, stride=stride)
 
 
-def _result(spec: DatasetSpec, state: "_Pass", stride: int) -> DatasetStatistics:
-    """What a pass has come to."""
+def statistics_of(
+    spec: DatasetSpec, action: Accumulator, state: Accumulator, *, episodes: int, stride: int
+) -> DatasetStatistics:
+    """What a pass over a dataset has come to.
+
+    Args:
+      spec: the dataset.
+      action, state: all that was counted.
+      episodes: of which it was.
+      stride: steps in an action.
+
+    Raises:
+      ValueError: nothing was counted.
+    """
     return DatasetStatistics(
         dataset=spec.name,
-        steps=state.action.count,
-        episodes=state.episodes,
-        action=state.action.result(),
-        state=state.state.result(),
+        steps=action.count,
+        episodes=episodes,
+        action=action.result(),
+        state=state.result(),
         action_modes=spec.action_modes,
         state_modes=spec.state_modes,
         action_encoding=spec.action_encoding,
@@ -363,6 +375,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("data", help="a dataset's version directory, its URL, or an index's folder")
     parser.add_argument("--split", default="train", help="such as train[:95%%] (default: train)")
+    parser.add_argument("--name", help="of the dataset (default: what its files say)")
     parser.add_argument("--definitions", metavar="FILE", help="datasets of your own")
     parser.add_argument(
         "--filter", action="append", default=[], choices=FLAGS, help="rows not to count; repeatable"
@@ -371,16 +384,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="save them as JSON, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    split = parse_split(arguments.split)
     # Statistics that are there are read, by a policy, say, without what makes an index.
-    from data_pipelines.index.build import open_or_build
+    from data_pipelines import catalog
 
-    index = open_or_build(arguments.data, split.name, definitions=arguments.definitions)
+    entry = catalog.Entry(path=arguments.data, name=arguments.name)
+    part = catalog.open_part(entry, arguments.split, definitions=arguments.definitions or "")
     statistics = index_statistics(
-        index,
-        filters=arguments.filter,
-        stride=arguments.stride,
-        episodes=split.episodes(len(index.episodes)),
+        part.index, filters=arguments.filter, stride=arguments.stride, episodes=part.episodes
     )
     if arguments.out is not None:
         statistics.save(arguments.out)

@@ -8,8 +8,10 @@ Every error names the file or URL.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +20,22 @@ import fsspec
 PathLike = str | os.PathLike[str]
 # How much of a remote file is fetched at a time when it is read from start to end, in bytes.
 BLOCK_BYTES = 16 * 2**20
+# What file systems tell of a file that changes with it; the first ones follow its content alone.
+_MARKS = ("md5Hash", "Content-MD5", "ETag", "etag", "mtime", "Last-Modified", "created")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """What is known of a file without reading it.
+
+    Attributes:
+      size: bytes.
+      stamp: changes when the file does, as far as its file system says, such as "mtime 17" or
+        "ETag x"; empty where it says nothing. Stamps of another kind cannot be compared.
+    """
+
+    size: int
+    stamp: str = ""
 
 
 def is_local(path: PathLike) -> bool:
@@ -49,7 +67,15 @@ def exists(path: PathLike) -> bool:
         return os.path.exists(local)
     with naming(path):
         system, name = _remote(path)
-        return bool(system.exists(name))
+        if not _is_http(path):
+            return bool(system.exists(name))
+        try:
+            # Unless it is strict, a server that does not answer is one that has not got the file.
+            return bool(system.exists(name, strict=True))
+        except Exception as error:
+            if getattr(error, "status", None) in _NOT_FOUND:
+                return False
+            raise
 
 
 def size(path: PathLike) -> int:
@@ -59,30 +85,45 @@ def size(path: PathLike) -> int:
         return os.stat(local).st_size
     with naming(path):
         system, name = _remote(path)
-        found = system.info(name)["size"]
-    if found is None:
-        raise ValueError(f"{os.fspath(path)}: the server does not tell the file's size")
-    return int(found)
+        return _remote_facts(system.info(name)).size
 
 
-def sizes(folder: PathLike, names: Sequence[str]) -> list[int | None]:
-    """Bytes of several files of a folder, None for a missing one; one request where it can be."""
-    if is_local(folder) or os.fspath(folder).startswith(("http://", "https://")):
-        return [_size_or_none(join(folder, name)) for name in names]
-    found = list_files(folder)
-    return [found.get(name) for name in names]
+def facts(folder: PathLike, names: Sequence[str]) -> list[FileFacts | None]:
+    """Of several files below a folder, None for a missing one; one request a folder if possible."""
+    if is_local(folder) or _is_http(folder):
+        return [_facts_or_none(join(folder, name)) for name in names]
+    places = [posixpath.split(name) for name in names]
+    listed = {place: _listed(join(folder, place)) for place in {place for place, _ in places}}
+    return [listed[place].get(name) for place, name in places]
 
 
-def list_files(folder: PathLike) -> Mapping[str, int]:
-    """Names and bytes of the files that lie directly in a folder."""
+def list_files(folder: PathLike) -> Mapping[str, FileFacts]:
+    """The files that lie directly in a folder, by name."""
     local = _local(folder)
     if local is not None:
         with os.scandir(local) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            return {entry.name: _local_facts(entry.stat()) for entry in entries if entry.is_file()}
     with naming(folder):
         system, name = _remote(folder)
         listed = system.ls(name, detail=True)
-    return {os.path.basename(x["name"]): x["size"] for x in listed if x["type"] == "file"}
+        files = (info for info in listed if info["type"] == "file")
+        return {os.path.basename(info["name"]): _remote_facts(info) for info in files}
+
+
+def fetch_folder(url: PathLike, folder: PathLike) -> None:
+    """Copies the files that lie directly in a remote folder into a local one."""
+    with naming(url):
+        system, name = _remote(url)
+        for file in list_files(url):
+            system.get_file(f"{name.rstrip('/')}/{file}", f"{os.fspath(folder)}/{file}")
+
+
+def send_files(folder: PathLike, names: Iterable[str], url: PathLike) -> None:
+    """Copies files of a local folder into a remote one, in order."""
+    for name in names:
+        with naming(join(url, name)):
+            system, file = _remote(join(url, name))
+            system.put_file(f"{os.fspath(folder)}/{name}", file)
 
 
 def list_folders(folder: PathLike) -> tuple[str, ...]:
@@ -96,17 +137,6 @@ def list_folders(folder: PathLike) -> tuple[str, ...]:
         listed = system.ls(name, detail=True)
     names = (x["name"].rstrip("/") for x in listed if x["type"] == "directory")
     return tuple(sorted(os.path.basename(name) for name in names))
-
-
-def stamp(path: PathLike) -> str:
-    """Changes when the file does, as far as its file system says: cheap, of use on this machine."""
-    local = _local(path)
-    if local is not None:
-        found = os.stat(local)
-        return f"{found.st_size}-{found.st_mtime_ns}"
-    with naming(path):
-        system, name = _remote(path)
-        return str(system.ukey(name))
 
 
 def read_text(path: PathLike) -> str:
@@ -130,7 +160,7 @@ def read_range(path: PathLike, offset: int, length: int) -> bytes:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file ends earlier.
+      ValueError: the file ends earlier, or its server does not serve ranges.
     """
     local = _local(path)
     if local is not None:
@@ -145,7 +175,12 @@ def read_range(path: PathLike, offset: int, length: int) -> bytes:
             data = system.cat_file(name, start=offset, end=offset + length)
     else:
         data = b""
-    if len(data) != length:
+    if len(data) > length:
+        raise ValueError(
+            f"{os.fspath(path)}: {len(data)} bytes came when {length} at {offset} were asked for: "
+            f"the server sends whole files only, but frames are read by ranges (HTTP's Range)"
+        )
+    if len(data) < length:
         raise ValueError(
             f"{os.fspath(path)}: {len(data)} of {length} bytes at {offset}; the file is shorter"
         )
@@ -161,14 +196,31 @@ def naming(path: PathLike) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        cause = error.__cause__
         # fsspec's HTTP says so, too, when a server fails.
-        reason = error.__cause__ or "there is no such file"
-        raise FileNotFoundError(f"{os.fspath(path)}: not found ({reason})") from error
+        if _is_http(path) and cause and getattr(cause, "status", None) not in _NOT_FOUND:
+            raise _failed(path, cause) from error
+        raise FileNotFoundError(f"{os.fspath(path)}: not found") from error
     except ValueError as error:
         known = os.fspath(path) in str(error)
         raise ValueError(str(error) if known else f"{os.fspath(path)}: {error}") from error
     except Exception as error:  # the libraries behind fsspec raise classes that only they know
-        raise OSError(f"{os.fspath(path)}: {type(error).__name__}: {error}") from error
+        if isinstance(error, OSError) and os.fspath(path) in str(error):
+            raise
+        raise _failed(path, error) from error
+
+
+# HTTP's answers that mean "there is none"; a bucket's server says 403 where it may not list.
+_NOT_FOUND = (403, 404, 410)
+
+
+def _failed(path: PathLike, error: BaseException) -> OSError:
+    """What to raise where a remote file system fails."""
+    return OSError(f"{os.fspath(path)} cannot be read: {type(error).__name__}: {error}")
+
+
+def _is_http(path: PathLike) -> bool:
+    return os.fspath(path).startswith(("http://", "https://"))
 
 
 def _local(path: PathLike) -> str | None:
@@ -189,8 +241,33 @@ def _remote(url: PathLike) -> tuple[Any, str]:
         ) from error
 
 
-def _size_or_none(path: str) -> int | None:
+def _listed(folder: str) -> Mapping[str, FileFacts]:
+    """`list_files`, nothing of a missing folder."""
     try:
-        return size(path)
+        return list_files(folder.rstrip("/"))
+    except FileNotFoundError:
+        return {}
+
+
+def _facts_or_none(path: str) -> FileFacts | None:
+    local = _local(path)
+    try:
+        if local is not None:
+            return _local_facts(os.stat(local))
+        with naming(path):
+            system, name = _remote(path)
+            return _remote_facts(system.info(name))
     except FileNotFoundError:
         return None
+
+
+def _local_facts(found: os.stat_result) -> FileFacts:
+    return FileFacts(size=found.st_size, stamp=f"mtime {found.st_mtime_ns}")
+
+
+def _remote_facts(info: Mapping[str, Any]) -> FileFacts:
+    """What fsspec tells of a file."""
+    if info["size"] is None:
+        raise ValueError(f"{info['name']}: the server does not tell the file's size")
+    stamps = (f"{mark} {info[mark]}" for mark in _MARKS if info.get(mark))
+    return FileFacts(size=int(info["size"]), stamp=next(stamps, ""))

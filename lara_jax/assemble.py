@@ -6,8 +6,10 @@ recipe + tokenizer -> model           recipe + frame size -> image processing, t
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from lara_jax import batch
@@ -19,10 +21,12 @@ from lara_jax.models.action_expert import ActionExpertConfig
 from lara_jax.models.lara_vla import LaraVLAConfig
 from lara_jax.models.text_decoder import TextConfig
 from lara_jax.models.vision_tower import VisionConfig
+from lara_jax.tokenizers.fast import FastTokenizer, to_vocabulary
 from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
 from lara_jax.tokenizers.qwen import Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+FAST_FOLDER = "fast"
 
 
 def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -39,17 +43,56 @@ def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(recipe.tokenizer.path or None)
 
 
-def tokenizer_to_text(tokenizer: Tokenizer) -> dict[str, str]:
-    """Its files by name, as a checkpoint holds them (`lara_jax.checkpoint.RunInfo`)."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / TOKENIZER_FILE
-        tokenizer.save(file)
-        return {TOKENIZER_FILE: file.read_text(encoding="utf-8")}
+def tokenizer_to_text(tokenizer: Tokenizer, fast: FastTokenizer | None = None) -> dict[str, str]:
+    """Its files by name, as a checkpoint holds them (`lara_jax.checkpoint.RunInfo`).
+
+    Args:
+      tokenizer: of the text.
+      fast: of the discrete actions, where a stage has some.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save(folder / TOKENIZER_FILE)
+        if fast is not None:
+            fast.save(folder / FAST_FOLDER)
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in files}
 
 
 def tokenizer_from_text(files: Mapping[str, str]) -> Tokenizer:
     """The inverse of `tokenizer_to_text`."""
     return Tokenizer(tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE]))
+
+
+def fast_from_text(files: Mapping[str, str]) -> FastTokenizer:
+    """The action tokenizer among a checkpoint's files.
+
+    Raises:
+      ValueError: there is none: no stage of that run had discrete actions.
+    """
+    own = {name: text for name, text in files.items() if name.startswith(f"{FAST_FOLDER}/")}
+    if not own:
+        raise ValueError(
+            "the checkpoint has no FAST action tokenizer: none of its stages had discrete_actions"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in own.items():
+            file = Path(folder) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        return FastTokenizer.load(Path(folder) / FAST_FOLDER)
+
+
+@dataclass(frozen=True)
+class ActionTokens:
+    """From normalised action chunks float32[N, C, A] to the ids of N lists of tokens."""
+
+    fast: FastTokenizer
+    ids: tuple[int, int]
+
+    def __call__(self, chunks: np.ndarray) -> list[np.ndarray]:
+        ids = np.arange(*self.ids, dtype=np.int32)
+        return [to_vocabulary(tokens, ids) for tokens in self.fast.encode_batch(chunks)]
 
 
 def image_config(recipe: Recipe) -> ImageConfig:
@@ -80,6 +123,7 @@ def prompt_builder(
     views: int,
     image_size: tuple[int, int],
     slots: Mapping[str, int] | None = None,
+    spoken_stage: int = 0,
 ) -> PromptBuilder:
     """What turns instruction and annotation into a stage's token segments.
 
@@ -90,6 +134,7 @@ def prompt_builder(
       views: number of cameras.
       image_size: (height, width) px of a camera's frame.
       slots: latent slots of each component; None takes the recipe's.
+      spoken_stage: see `PromptBuilder`: reasoning stage of the stage before.
     """
     return PromptBuilder(
         tokenizer=tokenizer,
@@ -101,6 +146,7 @@ def prompt_builder(
         component_order=recipe.model.component_order,
         slots_per_component=component_slots(recipe) if slots is None else slots,
         img_next_tokens=recipe.model.img_next_tokens,
+        spoken_stage=spoken_stage,
     )
 
 
@@ -122,16 +168,17 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer, *, latent_slots: int) -> 
             action_dim=model.action_dim,
             action_horizon=model.action_horizon,
             state_dim=model.state_dim,
-            attend_padding=model.attend_padding,
             dropout=model.dropout,
             **action_expert.VARIANTS[model.expert],
         ),
         image_id=tokenizer.image_pad_id,
         img_next_id=tokenizer.img_next_id,
+        action_ids=tokenizer.action_range,
         latent_slots=latent_slots,
         position_mode=model.position_mode,
         latent_source=model.latent_source,
         latent_mode=model.latent_mode,
+        attend_padding=model.attend_padding,
         img_next_tokens=model.img_next_tokens,
         dtype=model.compute_dtype,
         remat=model.remat,

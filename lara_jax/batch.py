@@ -40,6 +40,7 @@ class Batch:
       suffix_ids: int32[B, S] token ids, right-padded.  suffix_mask: bool[B, S], True at real
         tokens.
       loss_mask: bool[B, S], True at suffix tokens that carry cross-entropy.
+      annotated: bool[B], True where reasoning is annotated.
       dataset: int32[B], the number of the dataset in the mixture.
       sample_id: int32[B], the dataset's running index of the step, for reports of bad samples.
     """
@@ -56,6 +57,7 @@ class Batch:
     suffix_ids: Array
     suffix_mask: Array
     loss_mask: Array
+    annotated: Array
     dataset: Array
     sample_id: Array
 
@@ -95,6 +97,7 @@ def spec(
         suffix_ids=of(jnp.int32, suffix_tokens),
         suffix_mask=of(jnp.bool_, suffix_tokens),
         loss_mask=of(jnp.bool_, suffix_tokens),
+        annotated=of(jnp.bool_),
         dataset=of(jnp.int32),
         sample_id=of(jnp.int32),
     )

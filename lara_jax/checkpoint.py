@@ -1,42 +1,63 @@
 """A checkpoint is a run: enough to resume, evaluate, serve or export from its directory alone.
 
     DIR/checkpoints/<step>/
-      params/        the model's parameters, float32          (Orbax)
-      training/      step, optimizer, EMA teacher, random key (Orbax; absent in imported weights)
-      position/      where the data stands: samples taken     (JSON, like the three below)
+      params/        the model's parameters, float32               (Orbax)
+      training/      every other field of the state: step, optimizer, EMA teacher, random key, ...
+                     (Orbax; absent in imported weights)
+      position/      where the data stands: samples taken, stream  (JSON, like the four below)
       statistics/    what actions and states are scaled by
       tokenizer/     its files
       recipe/        every setting of the run
-      checksums.json CRC-32C of each file above, written last
+      logged/        metrics of the step
+      checksums.json size and CRC-32C of each file above, written last
 
 Saving is asynchronous and atomic: files go to a temporary directory that gets its name when all of
-them are there, so a checkpoint that was cut off is never seen. Arrays are restored straight to
-where the abstract state says they live, so another mesh or device count is nothing special.
+them are there, so a checkpoint that was cut off is never taken for one. Files are compared with
+their checksums before anything is made of them. Arrays are restored straight to where the abstract
+state says they live and to its precision, so another mesh, device or host count is nothing special.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
+import logging
 import math
-import shutil
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from lara_jax.config import Recipe, recipe_from_dict, recipe_to_dict
+from lara_jax import checkpoint_files as files
+from lara_jax.checkpoint_files import JSON_ITEMS, find, steps
+from lara_jax.config import CheckpointConfig, Recipe, recipe_from_dict, recipe_to_dict
 
-CHECKSUMS = "checksums.json"
-COMPLETE = "_CHECKPOINT_METADATA"  # Orbax's mark
-JSON_ITEMS = ("position", "statistics", "tokenizer", "recipe")
+# A state of 60 GB on a slow disk takes its time.
+SAVE_TIMEOUT_SECONDS = 3600
+# What Orbax and TensorStore raise when files cannot be written.
+WRITE_ERRORS = (OSError, RuntimeError, ValueError)
+ARRAY_ITEMS = ("params", "training")
+LISTED = 3  # problems that a message tells one by one
+
+# A failed save is raised as one `SaveFailed`; Orbax's threads would print their tracebacks besides.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(
+        lambda record: (
+            record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
+        )
+    )
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +70,7 @@ class RunInfo:
       tokenizer: text of each file of the tokenizer, by file name.
       samples: how many the run has taken from its stream of steps.
       stream: fingerprint of that stream (`MixtureSource.fingerprint`); empty before training.
+      metrics: logged at the checkpoint's step, by name.
     """
 
     recipe: Recipe
@@ -56,6 +78,7 @@ class RunInfo:
     tokenizer: Mapping[str, str]
     samples: int = 0
     stream: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_items(self) -> dict[str, Any]:
         """JSON values by checkpoint item."""
@@ -64,7 +87,33 @@ class RunInfo:
             "statistics": dict(self.statistics),
             "tokenizer": dict(self.tokenizer),
             "recipe": recipe_to_dict(self.recipe),
+            "logged": dict(self.metrics),
         }
+
+
+def kept_steps(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> set[int]:
+    """Which checkpoints stay: the newest, every so many steps, and the best.
+
+    Of `{100: {"loss": 3.0}, 200: {"loss": 1.0}, 300: {"loss": 2.0}}`, `keep=1, best_metric="loss"`
+    keeps 200 and 300. Of equally good ones the newer is better; one without the metric, or where it
+    is not finite, is not among the best.
+
+    Args:
+      metrics: logged metrics by step, of all checkpoints.
+      config: the rules.
+    """
+    kept = set(sorted(metrics)[-config.keep :])
+    if config.keep_every_steps:
+        kept |= {step for step in metrics if step % config.keep_every_steps == 0}
+    if config.best_metric:
+        sign = 1 if config.best_mode == "min" else -1
+        ranked = sorted(
+            (sign * values[config.best_metric], -step)
+            for step, values in metrics.items()
+            if math.isfinite(values.get(config.best_metric, math.nan))
+        )
+        kept |= {-step for _, step in ranked[: config.keep_best]}
+    return kept
 
 
 class CheckpointStore:
@@ -72,18 +121,35 @@ class CheckpointStore:
 
     Args:
       workdir: the run's directory; made where it is missing.
-      keep: newest checkpoints kept; None keeps all.
+      config: what is kept; everything when None.
+
+    Raises:
+      SaveFailed: nothing can be written there.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int | None = None) -> None:
+    def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None) -> None:
         self._root = Path(workdir).absolute() / "checkpoints"
+        self._config = config
         self._saving: int | None = None
+        self._unlogged: dict[int, Mapping[str, float]] = {}  # metrics not on disk yet
+        self._intact: set[int] = set()
+        self._make_root()
+        self._cut_off = files.cut_off(self._root)
+        # Floating-point numbers hardly shrink, and compressing them takes longer than writing them.
+        handlers = {
+            **{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ARRAY_ITEMS},
+            **{item: ocp.JsonCheckpointHandler() for item in JSON_ITEMS},
+        }
         self._manager = ocp.CheckpointManager(
             self._root,
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=self if config else None,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SAVE_TIMEOUT_SECONDS,
+                    post_finalization_callback=self._write_checksums,
+                ),
             ),
         )
 
@@ -95,108 +161,241 @@ class CheckpointStore:
         """Where a checkpoint lies."""
         return self._root / str(step)
 
+    def set_damaged_aside(self, on_damage: str = "previous") -> None:
+        """Makes sure that the newest checkpoint is whole, before a run goes on from it.
+
+        Checkpoints that are newer than the newest whole one are named on standard error with what
+        is wrong, and renamed to `<step>.damaged`. Those that were cut off while they were written
+        are named too; their files go.
+
+        Args:
+          on_damage: "error" raises instead of renaming.
+
+        Raises:
+          ValueError: none is whole though there are some, or `on_damage` is "error".
+        """
+        for path, step in self._cut_off.items():
+            if step > (self.latest() or 0):
+                _say(f"checkpoint {step} was cut off while it was written; {path} is deleted")
+        damaged: dict[int, str] = {}
+        whole: int | None = None
+        for step in reversed(sorted({*steps(self._root), *files.incomplete(self._root)})):
+            wrong = self._damage(step)
+            if not wrong:
+                whole = step
+                break
+            damaged[step] = f"checkpoint {self.folder(step)} is damaged: {_some(wrong)}"
+        if damaged and (whole is None or on_damage == "error"):
+            before = "no other is whole" if whole is None else f"checkpoint {whole} is whole"
+            raise ValueError(
+                f"{'; '.join(damaged.values())}; {before}. To go on without the damaged, delete it "
+                "with `lara checkpoint rm`"
+            )
+        for step, line in damaged.items():
+            _say(f"{line}; going on from checkpoint {whole} instead")
+            if jax.process_index() == 0:
+                _say(f"the damaged one is now {files.move_aside(self.folder(step))}")
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+
     def save(self, step: int, state: Any, info: RunInfo) -> None:
         """Saves in the background; waits only for an earlier save that still runs.
 
         Args:
           step: the checkpoint's number: steps done.
-          state: with `params` and the fields of `TrainState`.
+          state: a dataclass with `params`; fields that are None are left out.
           info: everything else.
+
+        Raises:
+          SaveFailed: this or the save before could not be written.
         """
-        self._save(step, {"params": state.params, "training": _training(state)}, info)
+        metric = self._config.best_metric if self._config else ""
+        if metric and metric not in info.metrics:
+            _say(
+                f"checkpoint {step} has no metric {metric!r} and is not among the best; it has "
+                f"{', '.join(sorted(info.metrics)) or 'none'}"
+            )
+        self._save(step, {"params": state.params, "training": _plain(_training(state))}, info)
 
     def save_params(self, params: Any, info: RunInfo, *, step: int = 0) -> None:
         """Saves parameters without a training state, e.g. imported weights."""
         self._save(step, {"params": params}, info)
 
+    def check(self) -> None:
+        """Tells at once, and without waiting, of a save in the background that has failed.
+
+        Raises:
+          SaveFailed: it could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def restore(self, abstract_state: Any, step: int) -> Any:
-        """The state as saved, each array where the abstract state's sharding says.
+        """The state as saved, each array where the abstract state says and as precise.
+
+        Fields that are None in the abstract state are left on disk.
 
         Args:
           abstract_state: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
-          step: a complete checkpoint. Without `training/` in it (imported weights) only the
-            parameters come back, see `has_training`.
+          step: a complete checkpoint with a training state, see `has_training`.
 
         Raises:
-          ValueError: when names or shapes of the checkpoint are not those of the state.
+          ValueError: a file is damaged; or fields, names or shapes of the checkpoint are not those
+            of the state.
         """
         folder = self.folder(step)
-        params = _read_tree(folder / "params", abstract_state.params)
+        if wrong := self._damage(step):
+            raise ValueError(f"checkpoint {folder} is damaged: {_some(wrong)}")
         wanted = _training(abstract_state)
-        training = _read_tree(folder / "training", wanted)
-        training["rng"] = jax.random.wrap_key_data(training["rng"])
-        return abstract_state.replace(params=params, **training)
+        params = _read_tree(folder / "params", abstract_state.params)
+        training = _read_fields(folder / "training", _plain(wanted))
+        keys = jax.tree.map(
+            lambda want, x: jax.random.wrap_key_data(x) if _is_key(want) else x, wanted, training
+        )
+        return abstract_state.replace(params=params, **keys)
 
     def has_training(self, step: int) -> bool:
         """Whether the checkpoint can be resumed, or holds parameters only."""
         return (self.folder(step) / "training").is_dir()
 
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+          SaveFailed: the last save could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits, and ends the threads that write.
+
+        Raises:
+          SaveFailed: the last save could not be written.
+        """
+        self.wait()
         self._manager.close()
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks which of the checkpoints stay once the one being saved is there."""
+        del context
+        if self._config is None:
+            return [True] * len(checkpoints)
+        numbers = [entry.step for entry in checkpoints]
+        metrics = {
+            step: self._unlogged[step] if step in self._unlogged else self._logged(step)
+            for step in numbers
+        }
+        kept = kept_steps(metrics, self._config)
+        return [step in kept for step in numbers]
+
     def _save(self, step: int, trees: dict[str, Any], info: RunInfo) -> None:
-        self._manager.wait_until_finished()
-        self._saving = step
-        items: dict[str, Any] = {n: ocp.args.PyTreeSave(tree) for n, tree in trees.items()}
-        items |= {name: ocp.args.JsonSave(value) for name, value in info.to_items().items()}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving, self._unlogged = step, {step: info.metrics}
+            items: dict[str, Any] = {n: ocp.args.PyTreeSave(tree) for n, tree in trees.items()}
+            items |= {name: ocp.args.JsonSave(value) for name, value in info.to_items().items()}
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def _write_checksums(self) -> None:
         """Runs when all items are written, before the temporary directory gets its name."""
         if jax.process_index() == 0:
-            (folder,) = self._root.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+            (folder,) = self._root.glob(f"{self._saving}{files.CUT_OFF}*")
+            files.write_checksums(folder)
 
+    def _make_root(self) -> None:
+        with self._writing():
+            self._root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._root, os.W_OK):
+                raise PermissionError(f"{self._root} is not writable")
 
-def steps(directory: str | Path) -> list[int]:
-    """Complete checkpoints below a `checkpoints` directory, ascending."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(entry.name)
-        for entry in directory.iterdir()
-        if entry.name.isdigit() and (entry / COMPLETE).is_file()
-    )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what goes wrong on the disk into one line."""
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            what = "checkpoints" if self._saving is None else f"checkpoint {self._saving}"
+            newest = self.latest() if self._root.is_dir() else None
+            intact = "there is no earlier one" if newest is None else f"{newest} is intact"
+            raise SaveFailed(
+                f"{what} cannot be written to {self._root}: {_reason(error)}; {intact}"
+            ) from error
 
+    def _logged(self, step: int) -> Mapping[str, float]:
+        try:
+            return load_metrics(self.folder(step))
+        except (OSError, ValueError) as error:
+            _say(f"checkpoint {step} is not among the best, its metrics are damaged: {error}")
+            return {}
 
-def find(directory: str | Path, step: int | None = None) -> Path:
-    """The directory of one checkpoint.
-
-    Args:
-      directory: a run's directory, its `checkpoints`, or one checkpoint's own.
-      step: which; the newest when None.
-
-    Raises:
-      FileNotFoundError: when there is none.
-    """
-    directory = Path(directory).absolute()
-    if (directory / "params").is_dir() and step is None:
-        return directory
-    root = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    known = steps(root)
-    if not known:
-        raise FileNotFoundError(f"no checkpoint in {directory}")
-    if step is not None and step not in known:
-        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are {known}")
-    return root / str(known[-1] if step is None else step)
+    def _damage(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint; each process reads its share of the files, once."""
+        if step in self._intact:
+            return []
+        share = (jax.process_index(), jax.process_count())
+        wrong = files.damage(self.folder(step), share=share)
+        if share[1] > 1:
+            anywhere = multihost_utils.process_allgather(np.array(bool(wrong)))
+            if np.any(anywhere) and not wrong:
+                wrong = ["another process has found damaged files"]
+        if not wrong:
+            self._intact.add(step)
+        return wrong
 
 
 def load_params(directory: str | Path, step: int | None = None) -> dict[str, Any]:
-    """The parameters as a nested dict of float32 NumPy arrays; needs no model."""
-    return _read_tree(find(directory, step) / "params", None)
+    """The parameters as a nested dict of float32 NumPy arrays; needs no model.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a file of it is damaged.
+    """
+    return _read_tree(_undamaged(find(directory, step), ["params"]) / "params", None)
+
+
+def load_average(directory: str | Path, step: int | None = None) -> dict[str, Any] | None:
+    """The moving average of the parameters that train, as NumPy arrays; None where there is none.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a file of it is damaged.
+    """
+    folder = find(directory, step)
+    if not (folder / "training").is_dir():
+        return None
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(folder / "training").tree.get("ema")
+        if saved is None:
+            return None
+        _undamaged(folder, ["training"])
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {"ema": saved})
+        arguments = ocp.args.PyTreeRestore(
+            {"ema": saved}, restore_args=as_numpy, partial_restore=True
+        )
+        return reader.restore(folder / "training", args=arguments)["ema"]
 
 
 def restore_params(directory: str | Path, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters, each where the abstract tree's sharding says."""
-    return _read_tree(find(directory, step) / "params", abstract_params)
+    """The parameters, each where the abstract tree's sharding says and as precise.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a file of it is damaged, or names or shapes are not those of the abstract tree.
+    """
+    return _read_tree(_undamaged(find(directory, step), ["params"]) / "params", abstract_params)
 
 
 def load_info(directory: str | Path, step: int | None = None) -> RunInfo:
-    """Recipe, statistics, tokenizer and data position of a checkpoint."""
-    folder = find(directory, step)
+    """Recipe, statistics, tokenizer, data position and metrics of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a file of it is damaged.
+    """
+    folder = _undamaged(find(directory, step), JSON_ITEMS)
     items = {name: _read_json(folder / name) for name in JSON_ITEMS}
     return RunInfo(
         recipe=recipe_from_dict(items["recipe"]),
@@ -204,7 +403,13 @@ def load_info(directory: str | Path, step: int | None = None) -> RunInfo:
         tokenizer=items["tokenizer"],
         samples=items["position"]["samples"],
         stream=items["position"]["stream"],
+        metrics=items["logged"],
     )
+
+
+def load_metrics(folder: Path) -> Mapping[str, float]:
+    """What was logged at the step of a checkpoint's folder."""
+    return _read_json(folder / "logged")
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -246,124 +451,69 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, str]:
     return worst
 
 
-def verify(folder: Path) -> list[str]:
-    """Checks files against their checksums, and parameters for finite float32 numbers.
-
-    Returns:
-      What is wrong, one line each; nothing when all is well.
-    """
-    wrong = [
-        f"{name} is missing" for name in ("params", *JSON_ITEMS) if not (folder / name).is_dir()
-    ]
-    if (folder / CHECKSUMS).is_file():
-        try:
-            expected = json.loads((folder / CHECKSUMS).read_text())
-        except ValueError as error:
-            return [*wrong, f"{CHECKSUMS} is damaged: {error}"]
-        found = _checksums(folder)
-        wrong += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-        wrong += [f"{name} is new" for name in sorted(found.keys() - expected.keys())]
-        both = sorted(expected.keys() & found.keys())
-        wrong += [f"{name} has changed" for name in both if expected[name] != found[name]]
-    else:
-        wrong.append(f"{CHECKSUMS} is missing")
-    if wrong:
-        return wrong
-    for path, value in flatten(load_params(folder)).items():
-        if value.dtype != np.float32:
-            wrong.append(f"{path} is {value.dtype}, not float32")
-        elif not np.isfinite(value).all():
-            wrong.append(f"{path} has values that are not finite")
-    return wrong
-
-
-def main(argv: Sequence[str]) -> int:
-    """`lara checkpoint ls|verify|rm|compare`."""
-    parser = argparse.ArgumentParser(prog="lara checkpoint", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, line in (
-        ("ls", "list the checkpoints of a run"),
-        ("verify", "check files and numbers; the last line is the parameters' SHA-256"),
-        ("rm", "delete a checkpoint"),
-    ):
-        sub = verbs.add_parser(verb, help=line, description=line)
-        sub.add_argument("directory", metavar="DIR")
-        if verb == "ls":
-            sub.add_argument("--json", action="store_true", help="one object a line")
-        else:
-            sub.add_argument("--step", type=int, required=verb == "rm")
-        if verb == "verify":
-            sub.add_argument("--digest", action="store_true", help="print only the SHA-256")
-    sub = verbs.add_parser("compare", help="exit 1 if the parameters of A and B differ")
-    sub.add_argument("a", metavar="A")
-    sub.add_argument("b", metavar="B")
-    sub.add_argument("--rtol", type=float, default=0.0, help="of a parameter's largest entry")
-    args = parser.parse_args(argv)
-    return {"ls": _ls, "verify": _verify, "rm": _rm, "compare": _compare}[args.verb](args)
-
-
-def _ls(args: argparse.Namespace) -> int:
-    root = find(args.directory).parent
-    for step in steps(root):
-        folder = root / str(step)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        missing = [name for name in ("params", *JSON_ITEMS) if not (folder / name).is_dir()]
-        resumable = (folder / "training").is_dir() and not missing
-        row = {"step": step, "bytes": size, "resumable": resumable, "path": str(folder)}
-        if args.json:
-            print(json.dumps(row))
-        else:
-            kind = "resumable" if resumable else "parameters only"
-            kind = f"lacks {', '.join(missing)}" if missing else kind
-            print(f"{step:>10}  {size / 2**20:10.1f} MiB  {kind:<15}  {folder}")
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    folder = find(args.directory, args.step)
-    wrong = verify(folder)
-    for line in wrong:
-        print(f"{folder}: {line}", file=sys.stderr)
-    if wrong:
-        return 1
-    params = load_params(folder)
-    if not args.digest:
-        flat = flatten(params)
-        count = sum(value.size for value in flat.values())
-        print(f"{folder}: {len(flat)} arrays, {count:,} parameters, all files as written")
-    print(digest(params))
-    return 0
-
-
-def _rm(args: argparse.Namespace) -> int:
-    folder = find(args.directory, args.step)
-    shutil.rmtree(folder)
-    print(f"deleted {folder}", file=sys.stderr)
-    return 0
-
-
-def _compare(args: argparse.Namespace) -> int:
-    error, path = difference(load_params(args.a), load_params(args.b))
-    close = error <= args.rtol
-    verdict = "within" if close else "over"
-    print(f"largest relative difference {error:.3g} ({path or 'equal'}), {verdict} {args.rtol:g}")
-    return 0 if close else 1
-
-
 def _training(state: Any) -> dict[str, Any]:
-    """All of a train state but the parameters; the typed random key as its plain numbers."""
+    """All of a train state but the parameters and what it does not have."""
     fields = {entry.name: getattr(state, entry.name) for entry in dataclasses.fields(state)}
-    del fields["params"]
-    if isinstance(state.rng, jax.ShapeDtypeStruct):
-        data = jax.eval_shape(jax.random.key_data, state.rng)
-        fields["rng"] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.rng.sharding)
-    else:
-        fields["rng"] = jax.random.key_data(state.rng)
-    return fields
+    return {name: x for name, x in fields.items() if name != "params" and x is not None}
 
 
-def _read_tree(folder: Path, abstract: Any) -> Any:
-    """An array tree from disk: as the abstract tree says, or NumPy arrays when it is None."""
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with typed random keys as their plain numbers; also an abstract one."""
+
+    def plain(x: Any) -> Any:
+        if not _is_key(x):
+            return x
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return jax.random.key_data(x)
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+    return jax.tree.map(plain, tree)
+
+
+def _undamaged(folder: Path, items: Sequence[str]) -> Path:
+    """The folder of a checkpoint, whose items are what was written.
+
+    Raises:
+      ValueError: they are not.
+    """
+    if wrong := files.damage(folder, items):
+        whole = [step for step in steps(folder.parent) if str(step) != folder.name]
+        raise ValueError(
+            f"checkpoint {folder} is damaged: {_some(wrong)}; other steps there: {whole or 'none'}"
+        )
+    return folder
+
+
+def _read_fields(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The wanted fields of a training state; others are left on disk.
+
+    Raises:
+      ValueError: one is not there, or its arrays are others.
+    """
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(folder).tree
+    have = {name for name, value in saved.items() if value is not None}
+    if absent := sorted(abstract.keys() - have):
+        raise ValueError(
+            f"{folder} has no {', '.join(absent)}, only {', '.join(sorted(have))}: the run's "
+            "settings ask for more than was saved. With config.init.path, a new run starts from "
+            "these parameters"
+        )
+    if unused := sorted(have - abstract.keys()):
+        _say(f"{folder}: the run has no use for {', '.join(unused)}")
+    return _read_tree(folder, abstract, leave=unused)
+
+
+def _read_tree(folder: Path, abstract: Any, leave: Sequence[str] = ()) -> Any:
+    """An array tree from disk: as the abstract tree says, or NumPy arrays when it is None.
+
+    Names in `leave` stay on disk.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing")
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
@@ -371,28 +521,37 @@ def _read_tree(folder: Path, abstract: Any) -> Any:
         if abstract is None:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        _check_shapes(folder, saved, abstract)
+        saved = {name: value for name, value in saved.items() if name not in leave}
+        _check_arrays(folder, saved, abstract)
         where = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return reader.restore(folder, args=ocp.args.PyTreeRestore(abstract, restore_args=where))
+        return reader.restore(
+            folder, args=ocp.args.PyTreeRestore(abstract, restore_args=where, partial_restore=True)
+        )
 
 
-def _check_shapes(folder: Path, saved: Any, abstract: Any) -> None:
-    """Raises where the arrays on disk are not those wanted (Orbax would pad or cut them)."""
+def _check_arrays(folder: Path, saved: Any, abstract: Any) -> None:
+    """Raises where the arrays on disk are not those wanted (Orbax would pad, cut or convert them);
+    only floating-point numbers may change their precision."""
 
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    def kinds(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         return {
-            jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in flat
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                tuple(x.shape),
+                "float" if jnp.issubdtype(x.dtype, jnp.floating) else str(x.dtype),
+            )
+            for path, x in flat
         }
 
-    have, want = shapes(saved), shapes(abstract)
+    have, want = kinds(saved), kinds(abstract)
     wrong = [f"no {path}" for path in sorted(want.keys() - have.keys())]
     wrong += [f"unwanted {path}" for path in sorted(have.keys() - want.keys())]
-    wrong += [
-        f"{path} is {have[path]}, not {want[path]}"
-        for path in sorted(have.keys() & want.keys())
-        if have[path] != want[path]
-    ]
+    for path in sorted(have.keys() & want.keys()):
+        (shape, kind), (wanted_shape, wanted_kind) = have[path], want[path]
+        if shape != wanted_shape:
+            wrong.append(f"{path} is {shape}, not {wanted_shape}")
+        elif kind != wanted_kind:
+            wrong.append(f"{path} is {kind}, not {wanted_kind}")
     if wrong:
         raise ValueError(f"{folder} is not of this model: " + "; ".join(wrong))
 
@@ -402,14 +561,19 @@ def _read_json(folder: Path) -> Any:
         return reader.restore(folder, args=ocp.args.JsonRestore())
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """CRC-32C of every file of a checkpoint's items, by relative path."""
-    sums = {}
-    for file in sorted(folder.glob("*/**/*")):
-        if file.is_file():
-            checksum = google_crc32c.Checksum()
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    checksum.update(chunk)
-            sums[str(file.relative_to(folder))] = checksum.hexdigest().decode()
-    return sums
+def _some(lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return ", ".join([*lines[:LISTED], *more])
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said, without what TensorStore tells besides."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" ({error.filename})" if error.filename else "")
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

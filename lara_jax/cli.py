@@ -13,11 +13,13 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("lara_jax.train", "main", "train a recipe; run again, it resumes"),
     "eval": ("lara_jax.evals.rollout", "main", "roll a policy out in a simulator, count successes"),
+    "report": ("lara_jax.evals.run_report", "main", "write a page about a run: curves, errors"),
     "export": ("lara_jax.interop.convert", "export_main", "write a checkpoint for PyTorch"),
     "import": ("lara_jax.interop.convert", "import_main", "make a checkpoint of PyTorch weights"),
     "check-golden": ("lara_jax.interop.golden", "main", "compare with numbers of the reference"),
-    "checkpoint": ("lara_jax.checkpoint", "main", "list, verify, delete, compare checkpoints"),
-    "data": ("data_pipelines.cli", "main", "make data sets"),
+    "checkpoint": ("lara_jax.checkpoint_cli", "main", "list, verify, delete, compare checkpoints"),
+    "flops": ("lara_jax.flops", "main", "count the operations of a recipe's steps"),
+    "data": ("data_pipelines.cli", "main", "index, examine, annotate and make data sets"),
 }
 
 
@@ -59,9 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, *WRONG_PATH) as error:
         print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        if "lara-jax[" not in str(error):  # of our own then, and to be mended
+            raise
+        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
+        return 2
 
 
 def _one_line(error: Exception) -> str:

@@ -20,7 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lara_jax.curriculum import Stage
+from lara_jax.curriculum import Stage, in_steps, spans
+from lara_jax.optimizer_config import EmaConfig, LoraConfig, OptimizerConfig, SpikeConfig
 from lara_jax.plain_values import build, dotted, override
 
 MAX_SLOTS = 32
@@ -69,7 +70,8 @@ class ModelConfig:
       attend_padding: whether the action expert sees pads, as in the reference.
       dropout: of the action expert, 0 to 1.
       compute_dtype: "bfloat16" or "float32"; parameters are float32.
-      remat: what the backward pass recomputes: "none", "full" or "dots".
+      remat: what the backward pass recomputes: "none", "full" (everything), "dots" (all but matrix
+        products), or "offload" (as dots, which wait in the host's memory).
       attention: "xla", "cudnn" (GPU) or "tpu_flash".
     """
 
@@ -98,7 +100,7 @@ class ModelConfig:
         _one_of("latent_source", self.latent_source, ("pre_norm", "post_norm"))
         _one_of("position_mode", self.position_mode, ("mrope", "sequential"))
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
-        _one_of("remat", self.remat, ("none", "full", "dots"))
+        _one_of("remat", self.remat, ("none", "full", "dots", "offload"))
         _one_of("attention", self.attention, ("xla", "cudnn", "tpu_flash"))
         _at_least(
             1,
@@ -137,9 +139,17 @@ class ModelConfig:
 class TokenizerConfig:
     """Attributes:
     path: directory with `tokenizer.json`; empty for the small built-in tokenizer.
+    fast_path: directory of a FAST action tokenizer; empty to fit one to the training data, for
+      stages with discrete actions.
+    fast_vocabulary: tokens of a fitted one, at most as many as the tokenizer has action tokens.
     """
 
     path: str = ""
+    fast_path: str = ""
+    fast_vocabulary: int = 1024
+
+    def __post_init__(self) -> None:
+        _at_least(2, fast_vocabulary=self.fast_vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +161,8 @@ class DataConfig:
         `mixture`, of the folder that holds its datasets by name.
       mixture: name of a mixture, built in or from `definitions`; empty for the dataset at `path`.
       definitions: TOML file with datasets and mixtures of one's own; empty for none.
+      index_dir: folder or URL that holds the datasets' indexes, each in NAME/SPLIT; they are then
+        fetched and never made. Empty for those beside the data or in the cache.
       balance: how often a mixture shows a dataset: "size", its weight times its steps, or "none",
         its weight alone.
       split: trained on.                         eval_split: held out.
@@ -175,6 +187,7 @@ class DataConfig:
     path: str = ""
     mixture: str = ""
     definitions: str = ""
+    index_dir: str = ""
     balance: str = "size"
     split: str = "train"
     eval_split: str = "val"
@@ -265,54 +278,6 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with a learning rate per part of the model and one schedule per stage.
-
-    Attributes:
-      base_rate: the rate that `final_rate` refers to.
-      backbone_rate: vision tower and text decoder.     expert_rate: action expert.
-      final_rate: where the cosine ends for `base_rate`; the parts end at the same proportion.
-      warmup_fraction: part of a stage's steps with a linearly growing rate.
-      b1, b2, epsilon, weight_decay: AdamW's.           clip_norm: of the whole gradient.
-
-    Source: the reference's `trainer` section (arXiv 2602.01166).
-    """
-
-    base_rate: float = 3e-5
-    backbone_rate: float = 1e-5
-    expert_rate: float = 1e-4
-    final_rate: float = 5e-7
-    warmup_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-8
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        _at_least(
-            0.0,
-            backbone_rate=self.backbone_rate,
-            expert_rate=self.expert_rate,
-            weight_decay=self.weight_decay,
-        )
-        _check(
-            0 <= self.final_rate <= self.base_rate and self.base_rate > 0,
-            f"need 0 <= final_rate <= base_rate, got {self.final_rate} and {self.base_rate}",
-        )
-        _check(
-            0 <= self.warmup_fraction <= 1,
-            f"warmup_fraction must be 0 to 1, got {self.warmup_fraction}",
-        )
-        _check(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            f"b1 and b2 must be in [0, 1), got {self.b1} and {self.b2}",
-        )
-        _check(self.epsilon > 0, f"epsilon must be positive, got {self.epsilon}")
-        _check(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis of the mesh; one may be -1, the rest (see `lara_jax.sharding`)."""
 
@@ -362,28 +327,82 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Attributes:
-    every_steps: steps between checkpoints; the last step always has one.
-    keep: newest checkpoints kept.
+    """When a run is saved, what is kept, and what happens when it cannot be read.
+
+    Attributes:
+      every_steps: steps between checkpoints; the last step always has one.
+      keep: newest checkpoints kept.
+      keep_every_steps: those of steps that are multiples of it stay for good; 0 for none.
+      best_metric: name of a logged metric, as "loss_action"; empty for none.
+      best_mode: whether the best value is the "min" or the "max".
+      keep_best: how many of the best are kept, besides the newest.
+      on_damage: when the newest checkpoint is damaged, "previous" moves it aside, says so, and goes
+        on from the one before, so that a run left alone goes on; "error" stops.
+      preemption_notice: what asks a run to save and stop: "sigterm", or "gce", the metadata server
+        of a Google Cloud machine besides.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    keep_every_steps: int = 0
+    best_metric: str = ""
+    best_mode: str = "min"
+    keep_best: int = 1
+    on_damage: str = "previous"
+    preemption_notice: str = "sigterm"
 
     def __post_init__(self) -> None:
-        _at_least(1, every_steps=self.every_steps, keep=self.keep)
+        _at_least(1, every_steps=self.every_steps, keep=self.keep, keep_best=self.keep_best)
+        _one_of("best_mode", self.best_mode, ("min", "max"))
+        _one_of("on_damage", self.on_damage, ("previous", "error"))
+        _one_of("preemption_notice", self.preemption_notice, ("sigterm", "gce"))
+        _check(
+            self.keep_every_steps >= 0 and self.keep_every_steps % self.every_steps == 0,
+            f"keep_every_steps must be 0 or a multiple of every_steps, {self.every_steps}; got "
+            f"{self.keep_every_steps}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Attributes:
-    every_steps: steps between rows of metrics.
+    """What a run says about itself.
+
+    Attributes:
+      every_steps: steps between rows of metrics.
+      wandb_project: project of Weights & Biases that gets them, too; empty for none.
+      profile_steps: (first, last) step to trace, counted from 1; () for none.
+      profile_signal_steps: how many steps to trace when the process gets SIGUSR1.
     """
 
     every_steps: int = 10
+    wandb_project: str = ""
+    profile_steps: tuple[int, ...] = ()
+    profile_signal_steps: int = 5
 
     def __post_init__(self) -> None:
-        _at_least(1, every_steps=self.every_steps)
+        _at_least(1, every_steps=self.every_steps, profile_signal_steps=self.profile_signal_steps)
+        steps = self.profile_steps
+        _check(
+            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"profile_steps must be (first, last) with 1 <= first <= last, or (); got {steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation during training, on `data.eval_split`.
+
+    Attributes:
+      every_steps: steps between evaluations, besides the last step of each stage; 0 for none.
+      batches: how many of each dataset, of steps spread evenly over it.
+    """
+
+    every_steps: int = 0
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(0, every_steps=self.every_steps)
+        _at_least(1, batches=self.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,10 +427,14 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
@@ -422,6 +445,8 @@ class Recipe:
             f"data.batch_size {self.data.batch_size} is not a multiple of "
             f"train.accumulate_steps {self.train.accumulate_steps}",
         )
+        object.__setattr__(self, "stages", in_steps(self.stages, self.data.batch_size))
+        spans(self.stages, self.train.steps)  # checks that their lengths add up
         for stage in self.stages:
             if not stage.visual_weight:
                 continue

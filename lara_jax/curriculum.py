@@ -2,21 +2,33 @@
 
 The paper's curriculum turns spoken reasoning into latent reasoning, a component at a time::
 
-    stage      sequence after the instruction           losses                    trains
-    explicit   subtask, boxes and motion as text        tokens + 0.1 visual       backbone
-    latent_1   1st component is slots, the rest text    tokens + 0.2 visual       backbone
-    latent_2   2nd component too                        tokens + 0.2 visual       backbone
-    latent_3   all three are slots                      tokens + 0.2 visual       backbone
-    action     all latent                               flow matching             full
+    stage      sequence after the instruction           losses                        trains
+    pretrain   discrete actions, no reasoning           tokens + 0.1 visual + flow    full
+    explicit   subtask, boxes, motion; actions          tokens + 0.1 visual           backbone
+    latent_1   1st component is slots, the rest text    tokens + 0.2 visual           backbone
+    latent_2   2nd component too                        tokens + 0.2 visual           backbone
+    latent_3   all three are slots; actions             tokens + 0.2 visual           backbone
+    action     all latent                               flow matching                 full
 
-A recipe lists stages with SHARES of `train.steps`, so that a short run keeps the proportions.
-Switches are hard: every step belongs to exactly one stage, and each stage compiles once.
+Pretraining is for data without annotations, such as Open X-Embodiment; the rest is the paper's. Up
+to latent_3 the action chunk stands at the end of the sequence, too, as discrete tokens (FAST); the
+action expert never sees them.
+
+A recipe gives each stage a number of steps or of examples, or a SHARE of the steps that are left,
+so that a short run keeps the proportions. Every step belongs to exactly one stage, and each stage
+compiles once. Switches are hard, unless a stage ANNEALS: then what is newly latent is at first also
+spoken, after its slots, and the share of rows in which it is silent grows from 0 to 1::
+
+    share of silent rows   1 |      .-------
+                             |   .-'
+                           0 |.-'___________   steps of the stage
+                              <- anneal ->
 
 Source: arXiv 2602.01166, section on progressive training; steps of the authors' launch scripts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PAPER_ORDER = ("explicit", "latent_1", "latent_2", "latent_3", "action")
@@ -29,10 +41,14 @@ class Stage:
 
     Attributes:
       name: what logs call it.
-      share: its part of all steps, relative to the other stages' shares.
+      share: its part of the steps that stages with a length of their own leave, relative to the
+        other shares.
+      steps, examples: its length, in optimizer steps or in samples; 0 for a share.
       reasoning_stage: the prompt; 0 no reasoning, 1 explicit text, 2, 3, 4: the first one, two,
         three components are latent slots.
-      token_weight: weight of the cross-entropy over reasoning text.
+      anneal: part of its steps, 0 to 1, over which the newly latent component falls silent.
+      discrete_actions: whether the sequence ends with the action chunk as tokens.
+      token_weight: weight of the cross-entropy over reasoning text and discrete actions.
       visual_weight: weight of the error of the predicted next frame's features.
       action_weight: weight of the flow-matching error.
       trains: "backbone" (vision and text), "action_only" (the action expert) or "full".
@@ -41,7 +57,11 @@ class Stage:
 
     name: str
     share: float = 1.0
+    steps: int = 0
+    examples: int = 0
     reasoning_stage: int = 4
+    anneal: float = 0.0
+    discrete_actions: bool = False
     token_weight: float = 0.0
     visual_weight: float = 0.0
     action_weight: float = 0.0
@@ -51,6 +71,20 @@ class Stage:
     def __post_init__(self) -> None:
         if self.share <= 0:
             raise ValueError(f"stage {self.name!r}: share must be positive, got {self.share}")
+        if min(self.steps, self.examples) < 0 or (self.steps and self.examples):
+            raise ValueError(
+                f"stage {self.name!r}: give steps or examples, not negative, not both; got "
+                f"steps {self.steps}, examples {self.examples}"
+            )
+        if not 0 <= self.anneal <= 1 or (self.anneal and self.reasoning_stage < 2):
+            raise ValueError(
+                f"stage {self.name!r}: anneal is 0 to 1, and only where something is newly latent "
+                f"(reasoning_stage 2 to 4); got {self.anneal}"
+            )
+        if self.discrete_actions and not self.token_weight:
+            raise ValueError(
+                f"stage {self.name!r}: discrete_actions without a token_weight teach nothing"
+            )
         if self.reasoning_stage not in range(5):
             raise ValueError(
                 f"stage {self.name!r}: reasoning_stage must be 0 to 4, got {self.reasoning_stage}"
@@ -84,19 +118,59 @@ class Stage:
 def spans(stages: Sequence[Stage], steps: int) -> tuple[tuple[Stage, int, int], ...]:
     """Divides the steps 0..steps-1 among the stages.
 
+    Args:
+      stages: in order, without `examples` (`in_steps`).
+      steps: of the run.
+
     Returns:
       (stage, first step, one past the last) in order; a stage whose share rounds to no step at all
       is left out. Shares 10, 5, 5 over 8 steps give 0..4, 4..6, 6..8.
+
+    Raises:
+      ValueError: the stages' own lengths are more than the run's steps, or less with no share.
     """
-    total = sum(stage.share for stage in stages)
-    result, start, share = [], 0, 0.0
+    fixed = sum(stage.steps for stage in stages)
+    total = sum(stage.share for stage in stages if not stage.steps)
+    if fixed > steps or (fixed < steps and not total):
+        raise ValueError(
+            f"the stages take {fixed} steps, but train.steps is {steps}; make them equal, or give "
+            f"a stage a share of the rest"
+        )
+    result, start, taken, share = [], 0, 0, 0.0
     for stage in stages:
-        share += stage.share
-        end = round(steps * share / total)
+        taken += stage.steps
+        share += 0.0 if stage.steps else stage.share
+        end = taken + (round((steps - fixed) * share / total) if total else 0)
         if end > start:
             result.append((stage, start, end))
         start = end
     return tuple(result)
+
+
+def in_steps(stages: Sequence[Stage], batch_size: int) -> tuple[Stage, ...]:
+    """The stages with their examples turned into steps, rounded up."""
+    return tuple(
+        replace(stage, steps=-(-stage.examples // batch_size), examples=0)
+        if stage.examples
+        else stage
+        for stage in stages
+    )
+
+
+def silent_share(stage: Stage, start: int, end: int, step: int) -> float:
+    """The share of rows of a step in which what is newly latent is not also spoken.
+
+    Args:
+      stage: whose steps are `start` to `end` - 1.
+      start, end: of the stage in the run.
+      step: of the run.
+
+    Returns:
+      0 to 1; always 1 in a stage that does not anneal.
+    """
+    if not stage.anneal:
+        return 1.0
+    return min(1.0, (step - start) / max(1.0, stage.anneal * (end - start)))
 
 
 def paper_stages(
@@ -106,6 +180,8 @@ def paper_stages(
     action: float,
     suffix_tokens: tuple[int, int, int, int, int],
     action_trains: str = "full",
+    discrete_actions: bool = True,
+    anneal: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """The paper's curriculum as plain values: a recipe's `config.stages`, in `PAPER_ORDER`.
 
@@ -115,6 +191,8 @@ def paper_stages(
       action: share of Stage III.
       suffix_tokens: room after the slots, per stage: text turns into slots, so it shrinks.
       action_trains: "full" or "action_only".
+      discrete_actions: action tokens in Stages I and II, as in the paper.
+      anneal: of the parts of Stage II; 0 for the paper's hard switches.
 
     Source: arXiv 2602.01166, losses of Stages I to III.
     """
@@ -122,6 +200,8 @@ def paper_stages(
         name: {
             "share": float(share),
             "reasoning_stage": number,
+            "anneal": anneal if number >= 2 else 0.0,
+            "discrete_actions": discrete_actions,
             "token_weight": 1.0,
             "visual_weight": 0.1 if number == 1 else 0.2,
             "action_weight": 0.0,
@@ -137,5 +217,26 @@ def paper_stages(
         "visual_weight": 0.0,
         "action_weight": 1.0,
         "trains": action_trains,
+        "anneal": 0.0,
+        "discrete_actions": False,
     }
     return stages
+
+
+def pretrain_stage(*, suffix_tokens: int) -> dict[str, Any]:
+    """Basic VLA pretraining as plain values: actions both ways and visual thoughts, no reasoning.
+
+    Args:
+      suffix_tokens: room for the discrete actions; C * A tokens always suffice.
+
+    Source: the article's first stage; visual weight as in Stage I.
+    """
+    return {
+        "reasoning_stage": 0,
+        "discrete_actions": True,
+        "token_weight": 1.0,
+        "visual_weight": 0.1,
+        "action_weight": 1.0,
+        "trains": "full",
+        "suffix_tokens": suffix_tokens,
+    }

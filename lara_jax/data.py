@@ -4,18 +4,20 @@ recipe -> stream of steps (a mixture of indexed datasets) -> statistics -> batch
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipelines import catalog
-from data_pipelines.index.build import open_or_build
 from data_pipelines.loader import Loader, Prompt
 from data_pipelines.mixture import MixtureSource
-from data_pipelines.sampling import StepSource, parse_split
+from data_pipelines.sampling import StepSource
 from data_pipelines.statistics import DatasetStatistics, index_statistics, normalizers
+from lara_jax.assemble import ActionTokens
 from lara_jax.config import Recipe
+from lara_jax.tokenizers.fast import FastTokenizer
 
 Statistics = Mapping[str, DatasetStatistics]
+FAST_CHUNKS = 16_384  # that a FAST tokenizer is fitted to
 
 
 def open_mixture(recipe: Recipe, split: str) -> MixtureSource:
@@ -39,19 +41,21 @@ def open_mixture(recipe: Recipe, split: str) -> MixtureSource:
     chosen = catalog.entries(data.path, mixture=data.mixture, definitions=data.definitions)
     sources = []
     for entry in chosen:
-        part = parse_split(catalog.split_of(entry.path, split, held_out=data.eval_split))
-        index = open_or_build(entry.path, part.name, definitions=data.definitions or None)
+        read = catalog.split_of(entry.path, split, held_out=data.eval_split)
+        part = catalog.open_part(
+            entry, read, definitions=data.definitions, index_dir=data.index_dir
+        )
         source = StepSource(
-            index=index,
+            index=part.index,
             views=data.views,
             action_horizon=model.action_horizon,
             filters=data.filters,
-            episodes=part.episodes(index.header.counts["episodes"]),
+            episodes=part.episodes,
             image_size=(data.frame_px[0], data.frame_px[1]) if data.frame_px else None,
             chunk_hz=data.chunk_hz,
             action_dim=model.action_dim,
         )
-        _report(source, entry.weight)
+        _report(source, entry, part, asked=split, held_out=data.eval_split)
         sources.append(source)
     _refuse_other_action_spaces(sources, mixed=data.mixed_action_spaces)
     return MixtureSource(
@@ -87,6 +91,8 @@ def make_loader(
     prompt: Prompt,
     *,
     host: tuple[int, int] = (0, 1),
+    action_tokens: ActionTokens | None = None,
+    silent_share: Callable[[int], float] | None = None,
 ) -> Loader:
     """The batches of a stage, whose prompt decides what the words become.
 
@@ -96,6 +102,7 @@ def make_loader(
       statistics: of the run, which may be older than the data.
       prompt: the stage's.
       host: this host's number, and the number of hosts.
+      action_tokens, silent_share: see `Loader`; None in stages without.
     """
     return Loader(
         source=source,
@@ -106,13 +113,69 @@ def make_loader(
         num_threads=recipe.data.num_threads,
         num_workers=recipe.data.num_workers,
         host=host,
+        action_tokens=action_tokens,
+        silent_share=silent_share,
     )
 
 
-def _report(source: StepSource, weight: float) -> None:
+def fast_tokenizer(
+    recipe: Recipe, source: MixtureSource, statistics: Statistics, action_ids: tuple[int, int]
+) -> FastTokenizer | None:
+    """The FAST tokenizer of a run: the one at `config.tokenizer.fast_path`, or one that is fitted.
+
+    Args:
+      recipe: the run's settings.
+      source: the training steps, whose first chunks it is fitted to.
+      statistics: of the run.
+      action_ids: the text tokenizer's `action_range`.
+
+    Returns:
+      None where no stage has discrete actions.
+
+    Raises:
+      ValueError: it has more tokens than the text tokenizer has action tokens.
+    """
+    if not any(stage.discrete_actions for stage in recipe.stages):
+        return None
+    room = action_ids[1] - action_ids[0]
+    if recipe.tokenizer.fast_path:
+        fast = FastTokenizer.load(recipe.tokenizer.fast_path)
+    else:
+        chunks = make_loader(recipe, source, statistics, _no_prompt).normalized_chunks(FAST_CHUNKS)
+        fast = FastTokenizer.fit(
+            list(chunks), vocab_size=min(recipe.tokenizer.fast_vocabulary, room)
+        )
+    if fast.vocab_size > room:
+        raise ValueError(
+            f"config.tokenizer.fast_path: {recipe.tokenizer.fast_path} has {fast.vocab_size} "
+            f"tokens; the text tokenizer has {room} action tokens"
+        )
+    return fast
+
+
+def _no_prompt(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _report(
+    source: StepSource, entry: catalog.Entry, part: catalog.Part, *, asked: str, held_out: str
+) -> None:
     """Says what is read of a dataset, and what is not."""
-    counts = source.index.header.counts
-    notes = [f"{counts['dropped_steps']} stored steps are not trained on"]
+    counts, mine = part.index.header.counts, part.counts
+    notes = [f"{mine['dropped_steps']} stored steps are no steps to learn from"]
+    if part.split != asked:
+        others = counts["episodes"] - mine["episodes"]
+        rest = "trained on" if asked == held_out else "held out"
+        notes.append(f"as it has no split {held_out!r}, the other {others} episodes are {rest}")
+    for name, why in (
+        ("empty_episodes", "have no step"),
+        ("left_out_episodes", "are left out by its definition"),
+    ):
+        if counts[name]:
+            notes.append(f"{counts[name]} more episodes of the split {why}")
+    if entry.ignored_weights:
+        again = ", ".join(f"{weight:g}" for weight in entry.ignored_weights)
+        notes.append(f"the mixture names it again, with weight {again}, which is ignored")
     if source.filters:
         notes.append(f"{source.filtered_rows} more are left out by {', '.join(source.filters)}")
     if source.missing_views:
@@ -120,8 +183,8 @@ def _report(source: StepSource, weight: float) -> None:
     if source.is_too_slow:
         notes.append(f"slower than chunk_hz, it keeps its {source.chunk_rate_hz:g} Hz")
     print(
-        f"{source.name}: {len(source)} steps of {source.index.header.split}, weight {weight:g}; "
-        + "; ".join(notes),
+        f"{source.name}: {len(source)} steps, {mine['episodes']} episodes of {part.split}, "
+        f"weight {entry.weight:g}; " + "; ".join(notes),
         file=sys.stderr,
     )
 

@@ -20,10 +20,20 @@ from lara_jax.batch import Batch
 
 @flax.struct.dataclass
 class Sum:
-    """A sum of losses and what to divide it by."""
+    """A loss of every row, [B] each: its sum, and the number of what was summed."""
 
-    total: jax.Array
-    count: jax.Array
+    totals: jax.Array
+    counts: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """The sum over all rows."""
+        return self.totals.sum()
+
+    @property
+    def count(self) -> jax.Array:
+        """What to divide it by."""
+        return self.counts.sum()
 
     def mean(self) -> jax.Array:
         """total / count, and 0 where nothing was counted."""
@@ -39,7 +49,7 @@ def token_loss(logits: jax.Array, ids: jax.Array, mask: jax.Array) -> Sum:
       mask: bool[B, S], True where a token counts.
     """
     each = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    return Sum(jnp.where(mask, each, 0).sum(), mask.sum())
+    return Sum(jnp.where(mask, each, 0).sum(axis=1), mask.sum(axis=1))
 
 
 def visual_loss(imagined: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
@@ -52,7 +62,7 @@ def visual_loss(imagined: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
     """
     error = jnp.abs(imagined.astype(jnp.float32) - target.astype(jnp.float32))
     numbers = imagined.shape[1] * imagined.shape[2]
-    return Sum(jnp.where(mask[:, None, None], error, 0).sum(), mask.sum() * numbers)
+    return Sum(jnp.where(mask[:, None, None], error, 0).sum(axis=(1, 2)), mask * numbers)
 
 
 def action_loss(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
@@ -64,7 +74,26 @@ def action_loss(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> Sum:
       mask: bool[B, C, A].
     """
     error = jnp.square(velocity - target)
-    return Sum(jnp.where(mask[:, None], error, 0).sum(), mask.sum() * velocity.shape[1])
+    counts = mask.sum(axis=(1, 2)) * velocity.shape[1]
+    return Sum(jnp.where(mask[:, None], error, 0).sum(axis=(1, 2, 3)), counts)
+
+
+def by_dataset(sums: Sum, batch: Batch, datasets: int) -> jax.Array:
+    """A loss of each dataset's rows apart, and of those with and without annotated reasoning.
+
+    Args:
+      sums: of a batch's rows.
+      batch: the batch.
+      datasets: of the mixture.
+
+    Returns:
+      float32[datasets, 2, 2]: of rows that are not annotated and that are, sum and count.
+    """
+    rows = jnp.stack([sums.totals, sums.counts.astype(jnp.float32)], axis=1)
+    own = 2 * batch.dataset + batch.annotated
+    own = own[:, None] == jnp.arange(2 * datasets)
+    parts = jnp.where(own[:, :, None], rows[:, None], 0).sum(axis=0)
+    return parts.reshape(datasets, 2, 2)
 
 
 def counts(batch: Batch, *, visual_numbers: int, noise_draws: int) -> dict[str, jax.Array]:

@@ -1,19 +1,23 @@
-"""A run's numbers: a CSV file, TensorBoard and a progress bar.
+"""A run's numbers: CSV files, TensorBoard, Weights & Biases where it is asked for, a progress bar.
 
-`DIR/metrics.csv` has one row for each logged step, always with the same columns. A run that resumes
-from step n first drops the rows after n (an interrupted run may have logged further than it saved),
-so no step appears twice and the file reads as if nothing had happened.
+    metrics.csv    a row for each logged step, always with the same columns
+    datasets.csv   the losses of each dataset's rows: step, stage, dataset, metric, value
+    eval.csv       held-out evaluation, in the same form
+
+What a stage or a machine does not have stays empty. A run that resumes from step n first drops the
+rows after n (an interrupted run may have logged further than it saved), so no step appears twice
+and a file reads as if nothing had happened.
 """
 
 import csv
-import math
+import importlib
+import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -27,28 +31,98 @@ COLUMNS = (
     "loss_visual",
     "loss_action",
     "gradient_norm",
+    "skipped",
     "rate_backbone",
     "rate_expert",
     "samples_per_second",
+    "data_wait_fraction",
+    "mfu",
+    "device_memory_gb",
 )
+SCORE_COLUMNS = ("step", "stage", "dataset", "metric", "value")
+# What the progress bar shows: column -> its name there.
+SHOWN = {
+    "loss": "loss",
+    "samples_per_second": "samples/s",
+    "data_wait_fraction": "data wait",
+    "mfu": "MFU",
+    "device_memory_gb": "GB",
+}
+# One number of a dataset, by (dataset, metric).
+Scores = Mapping[tuple[str, str], float]
+
+
+class CsvTable:
+    """A file of rows by step that can be cut back to an earlier step.
+
+    Args:
+      path: the file; made where it is missing.
+      columns: its header; "step" is one of them.
+      start_step: rows after it are dropped.
+
+    Raises:
+      ValueError: the file has other columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, start_step: int) -> None:
+        rows = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as stream:
+                reader = csv.DictReader(stream)
+                whole = (row for row in reader if None not in row.values())  # not cut off by a kill
+                rows = [row for row in whole if int(row["step"]) <= start_step]
+            if tuple(reader.fieldnames or columns) != tuple(columns):
+                raise ValueError(f"{path} has the columns {reader.fieldnames}, not {columns}")
+        rewritten = path.with_suffix(".csv.new")
+        with rewritten.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        rewritten.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows; a column that is left out stays empty, one that is not there is refused."""
+        self._csv.writerows(rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 class MetricsWriter:
-    """Writes the metrics of one run. Losses that a stage does not have stay empty.
+    """Writes the numbers of one run.
 
     Args:
       workdir: the run's directory.
       start_step: steps done; rows after it are dropped.
       steps: of the whole run.
+      wandb_project: project of Weights & Biases to send them to, too; empty for none.
+      settings: of the run, for Weights & Biases to show.
+
+    Raises:
+      ValueError: a file has other columns, or `wandb` is not installed but asked for.
     """
 
-    def __init__(self, workdir: str | Path, *, start_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        start_step: int,
+        steps: int,
+        wandb_project: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.csv"
-        self._drop_rows_after(start_step)
-        self._file = self._path.open("a", newline="", encoding="utf-8")
-        self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._metrics = CsvTable(workdir / "metrics.csv", COLUMNS, start_step=start_step)
+        self._scores = {
+            kind: CsvTable(workdir / f"{kind}.csv", SCORE_COLUMNS, start_step=start_step)
+            for kind in ("datasets", "eval")
+        }
+        self._wandb = _wandb_run(wandb_project, workdir, settings) if wandb_project else None
         self._board = EventFileWriter(str(workdir / "tensorboard"))
         # What earlier files say of the steps from here on is void.
         restart = SessionLog(status=SessionLog.START)
@@ -70,51 +144,71 @@ class MetricsWriter:
         Raises:
           ValueError: for a metric that is not among `COLUMNS`.
         """
-        row = {"step": step, "stage": stage, **values}
-        self._csv.writerow(row)
-        self._file.flush()
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add_event(step, summary=Summary(value=scalars))
-        shown = {"loss": values["loss"], "samples/s": values["samples_per_second"]}
+        self._metrics.write([{"step": step, "stage": stage, **values}])
+        self._publish(step, values)
+        shown = {
+            name: f"{values[column]:.4g}" for column, name in SHOWN.items() if column in values
+        }
         self._bar.set_description(stage, refresh=False)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+        self._bar.set_postfix(shown)
+
+    def write_scores(self, kind: str, step: int, stage: str, scores: Scores) -> None:
+        """Logs numbers of datasets: a row each, TensorBoard tags "kind/dataset/metric".
+
+        Args:
+          kind: "datasets" (losses of the training stream) or "eval".
+          step: steps done.
+          stage: name of its stage.
+          scores: by dataset and metric.
+        """
+        rows = [
+            dict(zip(SCORE_COLUMNS, (step, stage, dataset, metric, value), strict=True))
+            for (dataset, metric), value in scores.items()
+        ]
+        self._scores[kind].write(rows)
+        self._publish(step, {"/".join((kind, *name)): value for name, value in scores.items()})
 
     def close(self) -> None:
         """Closes files and progress bar."""
         self._bar.close()
         self._board.close()
-        self._file.close()
+        for table in (self._metrics, *self._scores.values()):
+            table.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _publish(self, step: int, values: Mapping[str, float]) -> None:
+        """To TensorBoard and Weights & Biases."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add_event(step, summary=Summary(value=scalars))
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._board.add_event(Event(wall_time=time.time(), step=step, **content))
 
-    def _drop_rows_after(self, last_step: int) -> None:
-        """Rewrites the file, in one go, with the header and the rows that count."""
-        rows = []
-        if self._path.is_file():
-            with self._path.open(newline="", encoding="utf-8") as stream:
-                reader = csv.DictReader(stream)
-                whole = (row for row in reader if None not in row.values())  # not cut off by a kill
-                rows = [row for row in whole if int(row["step"]) <= last_step]
-            if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
-                raise ValueError(f"{self._path} has the columns {reader.fieldnames}, not {COLUMNS}")
-        rewritten = self._path.with_suffix(".csv.new")
-        with rewritten.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        rewritten.replace(self._path)
 
-
-def check_finite(step: int, values: Mapping[str, float], sample_ids: np.ndarray) -> None:
-    """Stops a run whose numbers are no numbers.
-
-    Raises:
-      FloatingPointError: with the step, the metrics and the samples of the batch.
-    """
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        raise FloatingPointError(
-            f"step {step}: {', '.join(f'{name} = {value}' for name, value in bad.items())}; "
-            f"samples {np.asarray(sample_ids).tolist()}"
-        )
+def _wandb_run(project: str, workdir: Path, settings: Mapping[str, Any] | None) -> Any:
+    """The run of Weights & Biases, the same one whenever the directory's run resumes."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config.log.wandb_project is {project!r}, but wandb is not installed: "
+            "`pip install wandb`, or leave the project empty"
+        ) from error
+    identity = workdir / "wandb_id"
+    if not identity.is_file():
+        identity.write_text(secrets.token_hex(8))
+    run = wandb.init(
+        project=project,
+        id=identity.read_text(),
+        name=workdir.absolute().name,
+        dir=str(workdir),
+        config=dict(settings or {}),
+        resume="allow",
+    )
+    # Our steps, not its own count of calls, which would refuse the steps that a resume repeats.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

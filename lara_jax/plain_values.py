@@ -51,6 +51,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ValueError(f"{where} must have {len(kinds)} values, got {value!r}")
         return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

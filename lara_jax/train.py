@@ -13,9 +13,7 @@ directory holds everything, and batch n is a function of (seed, n). Where a run 
 import argparse
 import contextlib
 import dataclasses
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data_pipelines.loader import Loader, Position
@@ -33,18 +30,30 @@ from lara_jax import assemble, sharding
 from lara_jax.batch import Batch
 from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, restore_params
 from lara_jax.config import Recipe, load_recipe, recipe_changes, split_overrides
-from lara_jax.curriculum import Stage, spans
+from lara_jax.curriculum import Stage, silent_share, spans
 from lara_jax.data import (
+    fast_tokenizer,
     make_loader,
     open_mixture,
     statistics_from_dict,
     statistics_of,
     statistics_to_dict,
 )
-from lara_jax.metrics import MetricsWriter, check_finite
+from lara_jax.evals.held_out import HeldOut
+from lara_jax.flops import step_flops
+from lara_jax.lora import LORA, factor_axes
 from lara_jax.models.lara_vla import LaraVLA
-from lara_jax.optimizer import learning_rates, make_optimizer
-from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
+from lara_jax.optimizer import make_optimizer, trained_paths
+from lara_jax.preemption import stop_requests
+from lara_jax.run_log import Log
+from lara_jax.spikes import SkipReport
+from lara_jax.train_step import (
+    TrainState,
+    init_state,
+    logical_axes,
+    make_train_step,
+    started_from,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,47 +82,70 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
 
     Raises:
       ValueError: the recipe does not fit the data or the devices.
-      FloatingPointError: a metric is not finite.
+      SaveFailed: a checkpoint could not be written; those before it are whole.
+      FloatingPointError: too many steps in a row had to be skipped; a checkpoint was saved.
     """
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     with contextlib.ExitStack() as stack:
-        keep = recipe.checkpoint.keep
-        store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, keep=keep)))
+        store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, recipe.checkpoint)))
+        store.set_damaged_aside(recipe.checkpoint.on_damage)
         info, source = open_data(recipe, workdir, store)
         lessons = make_lessons(recipe, info, source)
+        exam = open_mixture(recipe, recipe.data.eval_split) if recipe.eval.every_steps else None
 
         model, optimizer = lessons[0].model, make_optimizer(recipe)
-        init = partial(init_state, model, optimizer, teacher=recipe.teacher.enabled)
+        init = partial(init_state, model, optimizer, recipe)
         shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
         shardings = state_shardings(mesh, shapes, logical_axes(model))
 
-        asked_to_stop = stack.enter_context(_sigterm())
+        asked_to_stop = stack.enter_context(stop_requests(recipe.checkpoint.preemption_notice))
         stack.enter_context(jax.set_mesh(mesh))
         state = first_state(recipe, store, init, shapes, shardings)
         step = int(state.step)
         # Batches taken from the stream less steps done: not 0 once the batch size has changed.
         ahead = stream_step(recipe, info) - step
-        log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
+        names = [s.name for s in source.sources]
+        log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step, names)))
+        skips = SkipReport(names, recipe.spike)
         for lesson in lessons:
             rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
             train_step = jax.jit(
-                make_train_step(lesson.model, optimizer, lesson.stage, recipe),
+                make_train_step(lesson.model, optimizer, lesson.stage, recipe, datasets=len(names)),
                 in_shardings=(shardings, rows),
                 out_shardings=(shardings, sharding.replicated(mesh)),
                 donate_argnums=0,
             )
-            for batch in lesson.batches(step, ahead):
+            held_out = None
+            if exam is not None:
+                parts = lesson.stage, lesson.model, lesson.loader
+                held_out = HeldOut(recipe, *parts, exam, shardings, workdir)
+            trained = trained_paths(recipe, shapes.params, [lesson.stage])
+            config = lesson.model.config
+            flops = step_flops(recipe, config, lesson.stage, lesson.spec, trained=trained).model
+            for batch in log.batches(lesson.batches(step, ahead), step_flops=flops):
                 state, metrics = train_step(state, sharding.put(batch, rows))
                 step += 1
-                last = step == recipe.train.steps or asked_to_stop()
+                skips.follow(step, metrics.pop("verdict"), batch)
+                last = step == recipe.train.steps or asked_to_stop(step) or skips.too_many
                 save = last or step % recipe.checkpoint.every_steps == 0
-                log.advance(recipe.data.batch_size)
-                if save or step % recipe.log.every_steps == 0:
-                    log.write(step, lesson.stage, metrics, batch)
+                log.advance(metrics)
+                store.check()
+                evaluate = held_out and held_out.due(step, lesson.end)
+                if save or evaluate or step % recipe.log.every_steps == 0:
+                    values = log.write(step, lesson.stage, metrics)
+                if held_out and evaluate:
+                    with log.paused():
+                        scores = held_out(step, state)
+                    values |= log.write_evaluation(step, lesson.stage, scores)
                 if save:
-                    taken = lesson.loader.position(step + ahead)
-                    store.save(step, state, dataclasses.replace(info, samples=taken.samples))
+                    taken = lesson.loader.position(step + ahead).samples
+                    store.save(
+                        step, state, dataclasses.replace(info, samples=taken, metrics=values)
+                    )
                 if last:
+                    skips.finish()
+                    store.wait()  # while another SIGTERM still does no harm
+                    skips.stop_if_too_many(step)
                     return state
         return state
 
@@ -136,8 +168,13 @@ class Lesson:
           step: of the run.
           ahead: number of the batch that step 0 would have had.
         """
-        if step < self.end:
-            yield from islice(self.loader.iterate(step + ahead), self.end - step)
+        if step >= self.end:
+            return
+        loader = self.loader
+        if self.stage.anneal:
+            share = partial(silent_share, self.stage, self.start + ahead, self.end + ahead)
+            loader = dataclasses.replace(loader, silent_share=share)
+        yield from islice(loader.iterate(step + ahead), self.end - step)
 
 
 def open_data(
@@ -159,10 +196,12 @@ def open_data(
             source.fingerprint, allow_changed=recipe.data.allow_changed_stream
         )
         return dataclasses.replace(saved, recipe=recipe, stream=source.fingerprint), source
+    statistics, tokenizer = statistics_of(source), assemble.load_recipe_tokenizer(recipe)
+    fast = fast_tokenizer(recipe, source, statistics, tokenizer.action_range)
     info = RunInfo(
         recipe=recipe,
-        statistics=statistics_to_dict(statistics_of(source)),
-        tokenizer=assemble.tokenizer_to_text(assemble.load_recipe_tokenizer(recipe)),
+        statistics=statistics_to_dict(statistics),
+        tokenizer=assemble.tokenizer_to_text(tokenizer, fast),
         stream=source.fingerprint,
     )
     return info, source
@@ -201,9 +240,17 @@ def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[L
     alike = source.sources[0]
     frames: dict[str, Any] = {"views": len(alike.views), "image_size": alike.size}
     host = (jax.process_index(), jax.process_count())
-    lessons = []
+    action_tokens = None
+    if any(stage.discrete_actions for stage in recipe.stages):
+        fast = assemble.fast_from_text(info.tokenizer)
+        action_tokens = assemble.ActionTokens(fast, tokenizer.action_range)
+    lessons: list[Lesson] = []
     for stage, start, end in spans(recipe.stages, recipe.train.steps):
-        prompt = assemble.prompt_builder(recipe, tokenizer, stage, **frames)
+        before = max(1, lessons[-1].stage.reasoning_stage) if lessons else 0
+        spoken_stage = before if before < stage.reasoning_stage else 0
+        prompt = assemble.prompt_builder(
+            recipe, tokenizer, stage, spoken_stage=spoken_stage, **frames
+        )
         config = assemble.model_config(recipe, tokenizer, latent_slots=prompt.latent_slots)
         lessons.append(
             Lesson(
@@ -211,7 +258,14 @@ def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[L
                 start=start,
                 end=end,
                 model=LaraVLA(config),
-                loader=make_loader(recipe, source, statistics, prompt, host=host),
+                loader=make_loader(
+                    recipe,
+                    source,
+                    statistics,
+                    prompt,
+                    host=host,
+                    action_tokens=action_tokens if stage.discrete_actions else None,
+                ),
                 spec=assemble.batch_spec(recipe, stage, **frames),
             )
         )
@@ -229,6 +283,8 @@ def state_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     Returns:
       A `TrainState` of shardings.
     """
+    if LORA in shapes.params:
+        axes = axes | {LORA: factor_axes(axes, shapes.params[LORA])}
     params = sharding.shard_tree(mesh, axes, shapes.params)
     like = partial(sharding.shard_like, mesh)
     return shapes.replace(
@@ -237,6 +293,8 @@ def state_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
         opt_state=like(shapes.opt_state, shapes.params, params),
         teacher=like(shapes.teacher, shapes.params["vision"], params["vision"]),
         rng=sharding.replicated(mesh),
+        spikes=jax.tree.map(lambda _: sharding.replicated(mesh), shapes.spikes),
+        ema=like(shapes.ema, shapes.params, params),
     )
 
 
@@ -261,48 +319,9 @@ def first_state(
         _say("starting from random parameters")
         return state
     _say(f"starting from the parameters of {source}")
-    params = restore_params(source, abstract.params)
-    # A copy: the teacher and the student are updated in place, each in its own memory.
-    teacher = None if state.teacher is None else jax.tree.map(jnp.copy, params["vision"])
-    return state.replace(params=params, teacher=teacher)
-
-
-class Log:
-    """Metrics of the run with learning rates and throughput."""
-
-    def __init__(self, recipe: Recipe, workdir: Path, step: int) -> None:
-        self._rates = learning_rates(recipe.optimizer, recipe.stages, recipe.train.steps)
-        self._writer = MetricsWriter(workdir, start_step=step, steps=recipe.train.steps)
-        self._samples, self._since = 0, time.monotonic()
-
-    def advance(self, samples: int) -> None:
-        """Counts a step."""
-        self._samples += samples
-        self._writer.advance()
-
-    def write(self, step: int, stage: Stage, metrics: dict[str, jax.Array], batch: Batch) -> None:
-        """Fetches the metrics from the devices, checks them and writes a row."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values, batch.sample_id)
-        now = time.monotonic()
-        rates = {f"rate_{part}": float(rate(step - 1)) for part, rate in self._rates.items()}
-        speed = {"samples_per_second": self._samples / (now - self._since)}
-        self._samples, self._since = 0, now
-        self._writer.write(step, stage.name, values | rates | speed)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM only sets a flag; yields the function that reads it."""
-    flags: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: flags.append(number))
-    try:
-        yield lambda: bool(flags)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    networks = {name: tree for name, tree in abstract.params.items() if name != LORA}
+    params = restore_params(source, networks)
+    return started_from(state.params | params, state, recipe)
 
 
 def _say(line: str) -> None:

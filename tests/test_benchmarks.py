@@ -51,5 +51,26 @@ def test_loader_prints_its_table(repository: Path, tmp_path: Path) -> None:
     lines = {line.pop("name"): line for line in map(json.loads, run.stdout.splitlines())}
     assert set(lines) == NAMES
     for name, line in lines.items():
-        assert 0 < line["minimum"] <= line["value"] <= line["maximum"], name
+        low, high = line["quartiles"]
+        assert 0 < line["minimum"] <= low <= line["value"] <= high <= line["maximum"], name
     assert 15 < lines["jpeg_kilobytes_mean"]["value"] < 30
+
+
+def test_checkpoint_prints_its_table(repository: Path) -> None:
+    """Without its debug run, whose compilation takes a minute."""
+    options = ["--json", "--gigabytes", "0.001", "--rounds", "2", "--steps", "0"]
+    run = subprocess.run(
+        [sys.executable, "benchmarks/checkpoint.py", *options],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = {line.pop("name"): line for line in map(json.loads, run.stdout.splitlines())}
+    measured = ("save_blocking_ms", "save_files_seconds", "check_seconds", "restore_seconds")
+    floors = ("copy_in_memory_ms", "plain_file_seconds", "checkpoint_gb")
+    assert set(lines) == {f"{name}_0.001gb" for name in (*measured, *floors)}
+    for name, line in lines.items():
+        assert 0 < line["minimum"] <= line["value"] <= line["maximum"], name
+    assert 0.001 < lines["checkpoint_gb_0.001gb"]["value"] < 0.0015

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.index.cli import main as index_main
 from lara_jax import data
 from lara_jax.config import Recipe, load_recipe
 from tests.data_pipelines.handmade import (
@@ -52,7 +53,8 @@ def test_a_mixture_comes_from_its_folder_and_says_what_it_reads(
     run = recipe(repository, root, "data.mixture=mine:same", "data.eval_split=train[2:]")
     source = data.open_mixture(run, "train")
     assert [len(s) for s in source.sources] == [12] and source.draws == (24,)
-    assert "lara_tabletop: 12 steps of train, weight 2; 0 stored steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "lara_tabletop: 12 steps, 3 episodes of train, weight 2; 0 stored steps" in said
     held_out = data.open_mixture(run, run.data.eval_split)
     assert [len(s) for s in held_out.sources] == [5]
     statistics = data.statistics_of(source)
@@ -93,3 +95,83 @@ def test_what_is_not_there_is_named(repository: Path, root: Path) -> None:
     views = recipe(repository, root / "lara_tabletop" / "1.0.0", "data.views=wrist")
     with pytest.raises(ValueError, match="'lara_tabletop' has none of the views wrist"):
         data.open_mixture(views, "train")
+
+
+NAMES = """
+[datasets.my_arm]
+control_hz = 5
+cameras = { front = "observation/image" }
+roles = { primary = "front" }
+action = ["action[0:6]", "action[6:7] | invert"]
+state = ["observation/state"]
+
+[mixtures."mine:named"]
+entries = [["lara_tabletop", 1.0], ["my_arm", 2.0], ["my_arm", 3.0]]
+"""
+
+
+def test_each_set_of_a_mixture_is_read_under_its_own_name(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files of my_arm call it lara_tabletop."""
+    (tmp_path / "mine.toml").write_text(NAMES)
+    write_tabletop(tmp_path / "lara_tabletop")
+    write_tabletop(tmp_path / "my_arm", [tabletop_record(10, 6), tabletop_record(11, 5)])
+    run = recipe(repository, tmp_path, "data.mixture=mine:named", "data.eval_split=train[1:]")
+    source = data.open_mixture(run, "train")
+    assert [s.name for s in source.sources] == ["lara_tabletop", "my_arm"]
+    statistics = data.statistics_of(source)
+    assert {name: of.steps for name, of in statistics.items()} == {
+        "lara_tabletop": 12,
+        "my_arm": 11,
+    }
+    gripper = tabletop_record(10, 6)["steps/action"][:, 6]
+    assert source.sources[1].index.actions[:6, 6].tolist() == (1 - gripper).tolist()
+    said = capsys.readouterr().err
+    assert "the mixture names it again, with weight 3, which is ignored" in said
+
+
+def test_what_is_held_out_is_said_and_never_trained_on(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [tabletop_record(number, 2 if number else 0) for number in range(41)]
+    path = write_tabletop(tmp_path, records)
+    (tmp_path / "mine.toml").write_text("")
+    train = data.open_mixture(recipe(repository, path), "train")
+    assert train.sources[0].episodes == slice(0, 38)
+    said = capsys.readouterr().err
+    assert "76 steps, 38 episodes of train[:95%], weight 1" in said
+    assert "as it has no split 'val', the other 2 episodes are held out" in said
+    assert "1 more episodes of the split have no step" in said
+    held_out = data.open_mixture(recipe(repository, path), "val")
+    assert held_out.sources[0].episodes == slice(38, 40)
+    assert "4 steps, 2 episodes of train[95%:]" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"the last 5 % of 'train' are held out, but 'train\[50%:"):
+        data.open_mixture(recipe(repository, path, "data.split=train[50%:]"), "train[50%:]")
+
+
+def test_indexes_may_lie_in_a_folder_of_their_own(repository: Path, tmp_path: Path) -> None:
+    path = write_tabletop(tmp_path / "data")
+    (tmp_path / "mine.toml").write_text("")
+    run = recipe(repository, path, f"data.index_dir={tmp_path}/i", "data.eval_split=train[1:]")
+    with pytest.raises(FileNotFoundError, match=r"run `lara data index .* --name lara_tabletop"):
+        data.open_mixture(run, "train")
+    assert index_main([str(path), "--out", f"{tmp_path}/i/lara_tabletop"]) == 0
+    (source,) = data.open_mixture(run, "train").sources
+    assert source.index.folder == tmp_path / "i/lara_tabletop/train"
+    assert not (path / "lara_index").exists()
+
+
+def test_a_known_lerobot_set_in_a_mixture(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="LeRobot data sets need the extra lerobot")
+    from tests.data_pipelines.lerobot.sets import write_bridge
+
+    (tmp_path / "mine.toml").write_text(
+        '[mixtures.m]\nentries = [["bridge_lara", 1.0], ["lara_tabletop", 1.0]]\n'
+    )
+    write_bridge(tmp_path / "oxe_bridge")
+    write_tabletop(tmp_path / "lara_tabletop")
+    overrides = ("data.mixture=m", "data.frame_px=(16,24)", "data.eval_split=train[1:]")
+    source = data.open_mixture(recipe(repository, tmp_path, *overrides), "train")
+    assert list(data.statistics_of(source)) == ["bridge_lara", "lara_tabletop"]
+    assert source.sources[0].index.spec.control_hz == 5

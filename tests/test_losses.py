@@ -1,6 +1,7 @@
 """The three losses by hand-counted examples."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +61,18 @@ def test_divisors_of_a_batch_are_what_its_losses_count():
     assert {name: int(x) for name, x in found.items()} == {
         name: int(x.count) for name, x in counted.items()
     }
+
+
+def test_losses_of_datasets_and_kinds_add_up_to_the_whole():
+    sums = losses.Sum(jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([1, 0, 3, 1]))
+    rows = SimpleNamespace(
+        dataset=jnp.array([2, 0, 2, 2]), annotated=jnp.array([True, False, False, True])
+    )
+    parts = losses.by_dataset(sums, rows, 3)
+    assert parts.shape == (3, 2, 2)
+    np.testing.assert_array_equal(parts[0], [[2, 0], [0, 0]])
+    np.testing.assert_array_equal(parts[1], 0)
+    np.testing.assert_array_equal(parts[2], [[4, 3], [9, 2]])
+    np.testing.assert_array_equal(parts.sum(axis=(0, 1)), [sums.total, sums.count])
+    bad = dataclasses.replace(sums, totals=sums.totals.at[0].set(jnp.nan))
+    np.testing.assert_array_equal(losses.by_dataset(bad, rows, 3)[0], parts[0])

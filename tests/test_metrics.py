@@ -1,12 +1,15 @@
-"""Metrics: stable columns, no step twice after a resume, and what is no number stops the run."""
+"""Metrics: stable columns, no step twice after a resume, the same numbers everywhere."""
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lara_jax.metrics import COLUMNS, MetricsWriter, check_finite
+from lara_jax.metrics import COLUMNS, SCORE_COLUMNS, MetricsWriter
 
 
 def write(workdir: Path, first: int, last: int, value: float) -> None:
@@ -17,8 +20,8 @@ def write(workdir: Path, first: int, last: int, value: float) -> None:
     writer.close()
 
 
-def read(workdir: Path) -> list[dict[str, str]]:
-    with (workdir / "metrics.csv").open() as stream:
+def read(workdir: Path, name: str = "metrics") -> list[dict[str, str]]:
+    with (workdir / f"{name}.csv").open() as stream:
         return list(csv.DictReader(stream))
 
 
@@ -54,7 +57,79 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
         MetricsWriter(tmp_path, start_step=1, steps=10)
 
 
-def test_what_is_no_number_is_reported_with_its_samples() -> None:
-    check_finite(3, {"loss": 1.0}, np.array([4, 5]))
-    with pytest.raises(FloatingPointError, match=r"step 3: loss = nan; samples \[4, 5\]"):
-        check_finite(3, {"loss": float("nan"), "gradient_norm": 1.0}, np.array([4, 5]))
+@pytest.mark.parametrize("kind", ["datasets", "eval"])
+def test_scores_are_a_row_each_and_cut_back_like_metrics(tmp_path: Path, kind: str) -> None:
+    for start in (0, 1):  # the second run resumes from step 1
+        writer = MetricsWriter(tmp_path, start_step=start, steps=10)
+        for step in range(start + 1, 4):
+            scores = {("a", "loss_token"): float(step), ("b", "loss_token"): 0.5 + start}
+            writer.write_scores(kind, step, "explicit", scores)
+        writer.close()
+    rows = read(tmp_path, kind)
+    assert tuple(rows[0]) == SCORE_COLUMNS
+    assert [tuple(row.values()) for row in rows] == [
+        ("1", "explicit", "a", "loss_token", "1.0"),
+        ("1", "explicit", "b", "loss_token", "0.5"),
+        ("2", "explicit", "a", "loss_token", "2.0"),
+        ("2", "explicit", "b", "loss_token", "1.5"),
+        ("3", "explicit", "a", "loss_token", "3.0"),
+        ("3", "explicit", "b", "loss_token", "1.5"),
+    ]
+    other = "eval" if kind == "datasets" else "datasets"
+    assert read(tmp_path, other) == []
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in board.Scalars(f"{kind}/b/loss_token")] == [0.5, 1.5, 1.5]
+
+
+class FakeRun:
+    """Remembers what Weights & Biases would be told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.step_metrics: dict[str, Any] = {}
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.step_metrics[name] = step_metric
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_gets_the_same_numbers_and_the_same_run_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    runs = [FakeRun(), FakeRun()]
+
+    def init(**settings: Any) -> FakeRun:
+        calls.append(settings)
+        return runs[len(calls) - 1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for start in (0, 1):
+        writer = MetricsWriter(
+            tmp_path / "run", start_step=start, steps=2, wandb_project="robots", settings={"a": 1}
+        )
+        writer.write(start + 1, "s", {"loss": 2.0})
+        writer.write_scores("eval", start + 1, "s", {("set", "position_m"): 0.01})
+        writer.close()
+    assert [call["project"] for call in calls] == ["robots"] * 2
+    assert calls[0]["id"] == calls[1]["id"]
+    assert calls[0] | {"config": {"a": 1}, "resume": "allow", "name": "run"} == calls[0]
+    assert [row["step"] for run in runs for row in run.rows] == [1, 1, 2, 2]
+    assert runs[0].rows == [{"step": 1, "loss": 2.0}, {"step": 1, "eval/set/position_m": 0.01}]
+    assert runs[0].step_metrics["*"] == "step"
+    assert all(run.finished for run in runs)
+
+
+def test_weights_and_biases_is_only_needed_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    write(tmp_path, 1, 1, 1.0)
+    with pytest.raises(ValueError, match=r"log\.wandb_project is 'robots', but wandb is not inst"):
+        MetricsWriter(tmp_path, start_step=1, steps=2, wandb_project="robots")

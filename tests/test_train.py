@@ -77,9 +77,8 @@ def rows(workdir: Path) -> list[dict[str, str]]:
     """The metrics without what depends on the clock."""
     with (workdir / "metrics.csv").open() as stream:
         found = list(csv.DictReader(stream))
-    for row in found:
-        del row["samples_per_second"]
-    return found
+    clock = ("samples_per_second", "data_wait_fraction", "mfu", "device_memory_gb")
+    return [{name: value for name, value in row.items() if name not in clock} for row in found]
 
 
 @pytest.mark.slow
@@ -233,7 +232,7 @@ def shapes_of(recipe: Recipe) -> tuple[LaraVLA, train.TrainState]:
     rows = 153_988 if recipe.model.backbone != "debug" else tokenizer.vocab_size
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
     model = LaraVLA(config)
-    init = partial(init_state, model, make_optimizer(recipe), teacher=recipe.teacher.enabled)
+    init = partial(init_state, model, make_optimizer(recipe), recipe)
     return model, jax.eval_shape(init, jax.random.key(0))
 
 
@@ -291,7 +290,7 @@ def prepared(repository: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     info, source = train.open_data(recipe, workdir, store)
     store.close()
     lessons = train.make_lessons(recipe, info, source)
-    init = partial(init_state, lessons[0].model, make_optimizer(recipe), teacher=True)
+    init = partial(init_state, lessons[0].model, make_optimizer(recipe), recipe)
     shapes = jax.eval_shape(init, jax.random.key(recipe.seed))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shardings = train.state_shardings(mesh, shapes, logical_axes(lessons[0].model))

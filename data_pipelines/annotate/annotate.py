@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data_pipelines.annotate.episode import (
     AnnotateSettings,
     annotate_episode,
-    inputs_fingerprint,
+    is_up_to_date,
     totals,
 )
 from data_pipelines.annotate.motion import Axes, MotionSettings
@@ -38,7 +38,8 @@ from data_pipelines.annotate.openai_endpoint import (
 from data_pipelines.annotate.schema import AnnotationWriter
 from data_pipelines.annotate.view import EpisodeView
 from data_pipelines.annotate.writers import BoxDetector, RuleWriter, SubtaskWriter
-from data_pipelines.index.format import HEADER_FILE, Index
+from data_pipelines.index.build import open_or_build
+from data_pipelines.index.format import Index
 
 
 def annotate_index(
@@ -68,13 +69,10 @@ def annotate_index(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
-    episodes = len(index.episodes)
+    numbers = index.episodes["number"].tolist()
 
     def is_good(line: Mapping[str, Any]) -> bool:
-        if line["number"] >= episodes:
-            return False
-        view = EpisodeView.from_index(index, line["number"])
-        return line["provenance"]["inputs"] == inputs_fingerprint(view, writer, detector, settings)
+        return is_up_to_date(line, index, writer, detector, settings)
 
     def annotate(number: int) -> dict[str, Any]:
         view = EpisodeView.from_index(index, number)
@@ -82,15 +80,15 @@ def annotate_index(
 
     with AnnotationWriter(out, is_good, overwrite=overwrite) as file:
         provenances = dict(file.kept)
-        todo = [number for number in range(episodes) if number not in provenances]
-        bar = tqdm(total=episodes, initial=len(provenances), desc="annotate", unit="episode")
+        todo = [number for number in numbers if number not in provenances]
+        bar = tqdm(total=len(numbers), initial=len(provenances), desc="annotate", unit="episode")
         with bar, ThreadPoolExecutor(workers) as pool:
             for line in _in_order(pool, annotate, todo, ahead=4 * workers):
                 file.append(line)
                 provenances[line["number"]] = line["provenance"]
                 bar.update()
         file.finish()
-    return {"already_done": episodes - len(todo), **totals(provenances.values())}
+    return {"already_done": len(numbers) - len(todo), **totals(provenances.values())}
 
 
 def _in_order(
@@ -142,23 +140,8 @@ def _endpoint(rest: str) -> Endpoint:
     return Endpoint(url=url, model=model)
 
 
-def open_split(path: str, split: str) -> Index:
-    """An index by its own folder, or by the dataset's directory or URL."""
-    if (Path(path) / HEADER_FILE).is_file():
-        return Index.open(path)
-    from data_pipelines.index.build import open_index
-
-    return open_index(path, split)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `lara data annotate`."""
-    parser = argparse.ArgumentParser(
-        prog="lara data annotate", description="Makes reasoning annotations of a dataset."
-    )
-    parser.add_argument("source", metavar="DIR_OR_INDEX", help="dataset or folder of an index")
-    parser.add_argument("--out", required=True, type=Path, help="annotation file, .jsonl")
-    parser.add_argument("--split", default="train", help="of a dataset (default: train)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how to annotate; `settings_of` reads some of them."""
     parser.add_argument("--writer", default="rules", help="rules or openai:URL,MODEL")
     parser.add_argument(
         "--detector", default="none", help="none, zero-shot:FOLDER or openai:URL,MODEL"
@@ -169,19 +152,55 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--axes", type=Axes.parse, default=Axes(), help="forward,left,up (default: +x,+y,+z)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="threads")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file made of other inputs"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    arguments = parser.parse_args(argv)
-    settings = AnnotateSettings(
+
+
+def settings_of(arguments: argparse.Namespace) -> AnnotateSettings:
+    """The settings that these options name."""
+    return AnnotateSettings(
         motion=MotionSettings(axes=arguments.axes), box_every_steps=arguments.box_every
     )
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """What an annotation file holds and lacks (`totals`), in lines for people."""
+    return [
+        f"{result['annotated_steps']} of {result['steps']} steps of {result['episodes']} episodes "
+        f"annotated",
+        *(f"  {reason}: {steps} steps" for reason, steps in result["missing"].items()),
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `lara data annotate`."""
+    parser = argparse.ArgumentParser(
+        prog="lara data annotate", description="Makes reasoning annotations of a dataset."
+    )
+    parser.add_argument(
+        "source", metavar="DIR_OR_INDEX", help="dataset (path or URL) or folder of an index"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="annotation file, .jsonl")
+    parser.add_argument("--split", default="train", help="of a dataset (default: train)")
+    parser.add_argument(
+        "--definitions", metavar="FILE.toml", help="datasets besides the built-in ones"
+    )
+    parser.add_argument("--name", help="of the dataset, whatever its files call it")
+    add_options(parser)
+    parser.add_argument("--workers", type=int, default=1, help="threads")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    arguments = parser.parse_args(argv)
+    settings = settings_of(arguments)
     start = time.perf_counter()
     try:
         result = annotate_index(
-            open_split(arguments.source, arguments.split),
+            open_or_build(
+                arguments.source,
+                arguments.split,
+                name=arguments.name,
+                definitions=arguments.definitions,
+            ),
             arguments.out,
             writer=writer_named(arguments.writer),
             detector=detector_named(arguments.detector),
@@ -198,10 +217,6 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(
-            f"{result['annotated_steps']} of {result['steps']} steps of {result['episodes']} "
-            f"episodes annotated in {result['seconds']:.0f} s: {arguments.out}"
-        )
-        for reason, steps in result["missing"].items():
-            print(f"  {reason}: {steps} steps")
+        done, *lacks = summary(result)
+        print(f"{done} in {result['seconds']:.0f} s: {arguments.out}", *lacks, sep="\n")
     return 0

@@ -26,8 +26,9 @@ from data_pipelines.annotate.anchors import (
 )
 from data_pipelines.annotate.motion import MotionSettings, motion_texts
 from data_pipelines.annotate.schema import SCHEMA_VERSION
-from data_pipelines.annotate.view import EpisodeView
+from data_pipelines.annotate.view import EpisodeView, has_episode
 from data_pipelines.annotate.writers import BoxDetector, SubtaskWriter, goal_of
+from data_pipelines.index.format import Index
 from lara_jax.tokenizers.prompt import Box
 
 # Of the rules in this package: raise it when their results change.
@@ -63,11 +64,26 @@ def inputs_fingerprint(
     """Changes whenever `annotate_episode` may give another line."""
     facts = [
         RULES_VERSION,
-        [view.key, view.number, view.fingerprint],
+        [view.dataset, view.split, view.key, view.number, view.fingerprint],
         [writer.name, detector.name if detector else None],
         asdict(settings),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def is_up_to_date(
+    line: Mapping[str, Any],
+    index: Index,
+    writer: SubtaskWriter,
+    detector: BoxDetector | None,
+    settings: AnnotateSettings,
+) -> bool:
+    """True if a line of the annotation file is what `annotate_episode` would give again."""
+    if not has_episode(index, line["number"]):
+        return False
+    view = EpisodeView.from_index(index, line["number"])
+    inputs = inputs_fingerprint(view, writer, detector, settings)
+    return bool(line["provenance"]["inputs"] == inputs)
 
 
 def annotate_episode(
@@ -125,6 +141,8 @@ def annotate_episode(
         "number": view.number,
         "steps": steps,
         "provenance": {
+            "dataset": view.dataset,
+            "split": view.split,
             "stored_steps": view.stored_steps,
             "inputs": inputs_fingerprint(view, writer, detector, settings),
             "writer": writer.name,

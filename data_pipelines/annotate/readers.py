@@ -5,8 +5,9 @@
     open_provider("own:annotations.jsonl")             what `lara data annotate` writes
 
 A provider keeps where each episode lies in its file, not what it says. An episode is found by its
-key (ECoT and ours) or by its LeRobot number (LaRA); steps are the stored ones, before any is
-dropped.
+key (ECoT and ours) or by its number (LaRA, and ours where episodes have no keys of their own);
+steps are the stored ones, before any is dropped. A number counts all episodes of the split as they
+are stored, those without steps, too.
 
 Text i of ECoT was made from stored step i. The loader that came with it looked text i up after
 Bridge's first step had been dropped, so it met frame i + 1; here it meets frame i.
@@ -24,8 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from data_pipelines.annotate.jsonl import LineTable
 from data_pipelines.annotate.schema import (
     BadEntries,
@@ -39,10 +38,31 @@ from lara_jax.tokenizers.prompt import Annotation, Box
 
 # The key that a LeRobot data set's episodes have here.
 _LEROBOT_KEY = re.compile(r"episode_(\d{6,})")
-# The side of the images that ECoT's boxes and gripper positions are given in, px.
+# The side of the images that ECoT's boxes are given in, px.
 ECOT_IMAGE_PX = 256
 # Its detector's boxes overhang the image by a few pixels where an object is cut off.
 ECOT_OVERHANG = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeName:
+    """What annotation files may know an episode by.
+
+    Attributes:
+      key: what identifies it in the dataset; empty where nothing does.
+      number: among all episodes of the split, from 0 (EPISODE.number).
+      dataset, split: where it belongs.
+      stored_steps: how many it has.
+    """
+
+    key: str
+    number: int
+    dataset: str
+    split: str
+    stored_steps: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, split {self.split!r}, episode {self.number} (key {self.key!r})"
 
 
 class AnnotationProvider(Protocol):
@@ -52,15 +72,16 @@ class AnnotationProvider(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever an answer may."""
 
-    def episode(self, key: str, number: int) -> Mapping[int, Annotation] | None:
+    @property
+    def description(self) -> str:
+        """Its files, as `open_provider` takes them, from the root on."""
+
+    def episode(self, name: EpisodeName) -> Mapping[int, Annotation] | None:
         """The annotations of an episode by stored step, None where it has none.
 
-        Args:
-          key: what identifies the episode (`Index.key`), may be empty.
-          number: its running number in the split.
-
         Raises:
-          ValueError: an entry is malformed; names file, line, episode and step.
+          ValueError: an entry is malformed, or is of another episode than this one: names file,
+            line, episode and step.
         """
 
 
@@ -77,7 +98,7 @@ def open_provider(description: str, *, drop_bad_entries: bool = False) -> Annota
       ValueError: the description or a file is malformed.
     """
     kind, _, rest = description.partition(":")
-    paths = [Path(path) for path in rest.split(",") if path]
+    paths = [Path(path).absolute() for path in rest.split(",") if path]
     bad = BadEntries(drop=drop_bad_entries)
     most = {"lara": 2, "ecot": 1, "own": 1}
     if kind not in most or not 1 <= len(paths) <= most[kind]:
@@ -85,6 +106,9 @@ def open_provider(description: str, *, drop_bad_entries: bool = False) -> Annota
             f"annotations {description!r}; allowed: lara:CAPTIONS.jsonl[,BOXES.jsonl], "
             f"ecot:FILE.json, own:FILE.jsonl"
         )
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"annotations {description!r}: there is no file {missing[0]}")
     if kind == "lara":
         return LaraAnnotations.read(*paths, bad=bad)
     if kind == "ecot":
@@ -113,10 +137,31 @@ class OwnAnnotations:
         """See `AnnotationProvider`; likewise the next one."""
         return _fingerprint("own", self.table.digest, self.bad)
 
-    def episode(self, key: str, number: int) -> Mapping[int, Annotation] | None:
-        """A line with a key is found by it, one without by its number."""
-        found = (key and self.table.get(key)) or self.table.get(number)
-        return read_steps(*found, self.bad) if found else None
+    @property
+    def description(self) -> str:
+        return f"own:{self.table.path}"
+
+    def episode(self, name: EpisodeName) -> Mapping[int, Annotation] | None:
+        """A line with a key is found by it, one without by its number.
+
+        What a line says of its origin has to fit; one without a key has to say it.
+        """
+        found = (name.key and self.table.get(name.key)) or self.table.get(name.number)
+        if not found:
+            return None
+        line, where = found
+        origin = object_of(line, "provenance", where) if line.get("provenance") else {}
+        facts = {"dataset": name.dataset, "stored_steps": name.stored_steps}
+        if not line.get("key"):
+            facts["split"] = name.split
+        for fact, wanted in facts.items():
+            given = origin.get(fact)
+            if given != wanted and not (given is None and line.get("key")):
+                raise ValueError(
+                    f"{where}: not of {name}: its provenance has {fact} {given!r}, "
+                    f"the episode {wanted!r}"
+                )
+        return read_steps(line, where, self.bad)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,13 +202,23 @@ class LaraAnnotations:
         digests = self.captions.digest + (self.boxes.digest if self.boxes else "")
         return _fingerprint("lara", digests, self.bad)
 
-    def episode(self, key: str, number: int) -> Mapping[int, Annotation] | None:
+    @property
+    def description(self) -> str:
+        tables = (self.captions, self.boxes) if self.boxes else (self.captions,)
+        return "lara:" + ",".join(str(table.path) for table in tables)
+
+    def episode(self, name: EpisodeName) -> Mapping[int, Annotation] | None:
         """Found by the number in a LeRobot episode's key, else by its number in the split."""
-        named = _LEROBOT_KEY.fullmatch(key)
-        number = int(named.group(1)) if named else number
+        named = _LEROBOT_KEY.fullmatch(name.key)
+        number = int(named.group(1)) if named else name.number
         captions = self.captions.get(number)
         boxes = self.boxes.get(number) if self.boxes else None
         stored_steps = _integer(boxes[0], "num_steps", boxes[1]) if boxes else None
+        if boxes and not named and stored_steps != name.stored_steps:
+            raise ValueError(
+                f"{boxes[1]}: not of {name}: the line has {stored_steps} steps, the episode "
+                f"{name.stored_steps}"
+            )
         by_step = self._boxes(*boxes, stored_steps or 0) if boxes else {}
         texts = self._texts(*captions, stored_steps) if captions else {}
         if not (texts or by_step):
@@ -228,7 +283,7 @@ class EcotAnnotations:
       path: the file.
       episodes: first byte and end of each episode, by key: file path, "_", episode's number.
       digest: SHA-256 of the file.
-      image_px: side of the images that boxes and gripper positions are given in.
+      image_px: side of the images that boxes are given in.
     """
 
     path: Path
@@ -257,9 +312,13 @@ class EcotAnnotations:
         """See `AnnotationProvider`; likewise the next one."""
         return _fingerprint(f"ecot {self.image_px}", self.digest, self.bad)
 
-    def episode(self, key: str, number: int) -> Mapping[int, Annotation] | None:
+    @property
+    def description(self) -> str:
+        return f"ecot:{self.path}"
+
+    def episode(self, name: EpisodeName) -> Mapping[int, Annotation] | None:
         """Found by its key alone."""
-        values, where = self._load(key)
+        values, where = self._load(name.key)
         reasoning = values.get("reasoning")
         if not reasoning:
             return None
@@ -267,8 +326,8 @@ class EcotAnnotations:
         stored_steps = (values.get("metadata") or {}).get("n_steps")
         boxes = features.get("bboxes") or ()
         annotations = {}
-        for name, entry in reasoning.items():
-            step = checked_step(name, stored_steps, where, self.bad)
+        for number, entry in reasoning.items():
+            step = checked_step(number, stored_steps, where, self.bad)
             if step is None:
                 continue
             place = f"{where}, step {step}"
@@ -285,13 +344,6 @@ class EcotAnnotations:
             if annotation != Annotation():
                 annotations[step] = annotation
         return annotations
-
-    def gripper_path(self, key: str) -> np.ndarray | None:
-        """Where the gripper is in the image: float32[T, 2], normalised x y; None if not known."""
-        features = self._load(key)[0].get("features") or {}
-        # The scripts write one name, the loader that came with them reads the other.
-        path = features.get("gripper_position") or features.get("gripper_positions")
-        return np.asarray(path, np.float32).reshape(-1, 2) / self.image_px if path else None
 
     def _load(self, key: str) -> tuple[Mapping[str, Any], str]:
         """An episode and its name for messages; empty where there is none."""

@@ -3,12 +3,14 @@
     {"schema": 1, "key": "/data/x.npy_3", "number": 17,
      "steps": {"0": {"subtask": "move to the spoon", "boxes": [[0.1, 0.2, 0.3, 0.9]],
                      "motion": "Move down. Now move down.", "phase": "approach"}, ...},
-     "provenance": {"stored_steps": 38, "inputs": "9f3c...", ...}}
+     "provenance": {"dataset": "bridge", "split": "train", "stored_steps": 38,
+                    "inputs": "9f3c...", ...}}
 
 Steps are counted as they are stored. Boxes are normalised (x1, y1, x2, y2): the object, then the
-destination. A line with a key belongs to the episode with that key, one without to the episode with
-that number. `provenance` says how the line came about: `inputs` changes when anything changes that
-the line depends on.
+destination. A line with a key belongs to the episode with that key; one without to the episode with
+that number among all of its dataset's split, those without steps counted, too, and then `dataset`,
+`split` and `stored_steps` must be there. What `provenance` says of them has to fit the episode.
+`inputs` changes when anything changes that the line depends on.
 
 A line is written whole or not at all: what a killed run left half-written has no line end, and the
 next run cuts it off.

@@ -15,7 +15,8 @@ class EpisodeView:
     """One episode of N rows. `EpisodeView.from_index` makes one.
 
     Attributes:
-      key, number: identify it; the key is empty where other episodes have the same.
+      key, number, dataset, split: identify it (see `readers.EpisodeName`); the key is empty where
+        other episodes have the same.
       where: names it in messages.
       control_hz: rows a second.
       frame: int[N], the stored step of each row.
@@ -30,6 +31,8 @@ class EpisodeView:
 
     key: str
     number: int
+    dataset: str
+    split: str
     where: str
     control_hz: float
     frame: np.ndarray
@@ -50,9 +53,15 @@ class EpisodeView:
 
         Args:
           index: of its split.
-          number: of the episode, from 0.
+          number: of the episode: EPISODE.number, not its place in the index.
+
+        Raises:
+          ValueError: the index has no episode of this number.
         """
-        episode = index.episodes[number]
+        if not has_episode(index, number):
+            raise ValueError(f"{index.folder} has no episode of number {number}")
+        at = int(np.searchsorted(index.episodes["number"], number))
+        episode = index.episodes[at]
         first, rows = int(episode["first_row"]), int(episode["rows"])
         first_frame = int(episode["first_frame"])
         span = slice(first, first + rows)
@@ -76,8 +85,10 @@ class EpisodeView:
         if camera is not None:
             digest.update(_frames_content(index, camera, first_frame, int(episode["frames"])))
         return cls(
-            key="" if shared else index.key(number),
+            key="" if shared else index.key(at),
             number=number,
+            dataset=index.header.dataset,
+            split=index.header.split,
             where=f"{index.source}, split {index.header.split}, episode {number}",
             control_hz=index.spec.control_hz,
             frame=frame,
@@ -89,6 +100,11 @@ class EpisodeView:
             image=image,
             fingerprint=digest.hexdigest(),
         )
+
+
+def has_episode(index: Index, number: int) -> bool:
+    """True if the index has an episode of this number."""
+    return number in index.episodes["number"]
 
 
 def primary_camera(index: Index) -> str | None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from data_pipelines import storage
-from data_pipelines.annotate.episode import AnnotateSettings, totals
-from data_pipelines.annotate.motion import Axes, MotionSettings
+from data_pipelines.annotate import annotate
+from data_pipelines.annotate.episode import totals
 from data_pipelines.annotate.schema import AnnotationWriter
 from data_pipelines.convert import pipeline
 from data_pipelines.convert.annotation_parts import Annotator, parts_of, read_part, write_part
@@ -24,25 +24,12 @@ def main(argv: Sequence[str]) -> int:
     """Annotates a split; the last line on standard output is the annotation file."""
     parser = pipeline.parser("annotate_job", "Makes the annotations of `lara data annotate`.")
     add_options(parser)
-    parser.add_argument("--writer", default="rules", help="rules or openai:URL,MODEL")
-    parser.add_argument(
-        "--detector", default="none", help="none, zero-shot:FOLDER or openai:URL,MODEL"
-    )
-    parser.add_argument(
-        "--box-every", type=int, default=1, help="look for objects every so many steps"
-    )
-    parser.add_argument(
-        "--axes", type=Axes.parse, default=Axes(), help="forward,left,up (default: +x,+y,+z)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a file made of other inputs"
-    )
+    annotate.add_options(parser)
     arguments, options = parser.parse_known_args(argv)
-    motion = MotionSettings(axes=arguments.axes)
     annotator = Annotator(
         writer=arguments.writer,
         detector=arguments.detector,
-        settings=AnnotateSettings(motion=motion, box_every_steps=arguments.box_every),
+        settings=annotate.settings_of(arguments),
     )
     index, index_folder = index_of(arguments)
     output = storage.absolute(arguments.output)
@@ -52,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
             local, partial(annotator.made, index), overwrite=arguments.overwrite
         ) as file,
     ):
-        todo = [number for number in range(len(index.episodes)) if number not in file.kept]
+        numbers = index.episodes["number"].tolist()
+        todo = [number for number in numbers if number not in file.kept]
         parts = parts_of(todo, f"{output}.parts")
         pipeline.run(
             parts,
@@ -67,13 +55,8 @@ def main(argv: Sequence[str]) -> int:
                 provenances[line["number"]] = line["provenance"]
         file.finish()
     delete_folder(f"{output}.parts")
-    found = totals(provenances.values())
-    pipeline.say(
-        f"{found['annotated_steps']} of {found['steps']} steps of {found['episodes']} episodes "
-        f"annotated"
-    )
-    for reason, steps in found["missing"].items():
-        pipeline.say(f"  {reason}: {steps} steps")
+    for text in annotate.summary(totals(provenances.values())):
+        pipeline.say(text)
     print(output)
     return 0
 

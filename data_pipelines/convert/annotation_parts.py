@@ -19,7 +19,7 @@ from data_pipelines.annotate.annotate import detector_named, writer_named
 from data_pipelines.annotate.episode import (
     AnnotateSettings,
     annotate_episode,
-    inputs_fingerprint,
+    is_up_to_date,
 )
 from data_pipelines.annotate.jsonl import parse_line
 from data_pipelines.annotate.view import EpisodeView
@@ -51,12 +51,7 @@ class Annotator:
 
     def made(self, index: Index, line: Mapping[str, Any]) -> bool:
         """True if a line is what `line` would give again."""
-        number = line["number"]
-        if number >= len(index.episodes):
-            return False
-        view = EpisodeView.from_index(index, number)
-        inputs = inputs_fingerprint(view, *_models(self.writer, self.detector), self.settings)
-        return bool(line["provenance"]["inputs"] == inputs)
+        return is_up_to_date(line, index, *_models(self.writer, self.detector), self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         for split in arguments.split or ["train"]
     }
     (first, *_) = sources.values()
-    name = arguments.name or first.dataset
+    name = arguments.name or first.source.rpartition("/")[2]
     folder = storage.join(storage.join(arguments.output, name), arguments.version)
     if storage.exists(storage.join(folder, "dataset_info.json")):
         raise ValueError(f"{folder} exists; choose another --output, --name or --version")

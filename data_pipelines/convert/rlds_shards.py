@@ -18,6 +18,7 @@ from data_pipelines import storage
 from data_pipelines.convert.output import new_file, write_text
 from data_pipelines.lerobot.rlds import converted_spec, rlds_episodes, rlds_features
 from data_pipelines.lerobot.source import LeRobotSource
+from data_pipelines.oxe.registry import REGISTRY
 from data_pipelines.oxe.spec import DatasetSpec
 from data_pipelines.rlds.writer import (
     description_files,
@@ -118,7 +119,8 @@ def write_description(
         mine = sorted((s for s in shards if s.split == split), key=lambda shard: shard.file)
         lengths = [shard.episodes for shard in mine]
         entries.append(split_entry(split, lengths, sum(shard.payload_bytes for shard in mine)))
-    description = f"Converted from the LeRobot data set {first.dataset}."
+    called = first.source.rpartition("/")[2]
+    description = f"Converted from the LeRobot data set {called}."
     features = rlds_features(first)
     files = description_files(name, version, description, features, entries)
     write_text(storage.join(folder, DEFINITION_FILE), definition(converted_spec(first), name))
@@ -128,8 +130,10 @@ def write_description(
 
 def definition(spec: DatasetSpec, name: str) -> str:
     """A dataset's definition under another name, as a TOML file (`data_pipelines.oxe.registry`)."""
-    values = {**spec.to_dict(), "aliases": []}
+    values = {**spec.to_dict(), "aliases": [], "folders": []}
     del values["name"]
+    if name in REGISTRY:
+        values["replaces"] = True
     fields = (f"{key} = {_toml(value)}" for key, value in values.items() if value is not None)
     return f"[datasets.{json.dumps(name)}]\n" + "\n".join(fields) + "\n"
 

@@ -21,8 +21,8 @@ from data_pipelines.index.filters import row_flags
 from data_pipelines.index.format import FLAGS, EpisodeEntry
 from data_pipelines.index.source import IndexSource
 from data_pipelines.oxe.spec import DatasetSpec
-from data_pipelines.sampling import action_chunk
-from data_pipelines.statistics import DatasetStatistics
+from data_pipelines.sampling import action_chunks
+from data_pipelines.statistics import DatasetStatistics, statistics_of
 
 
 @dataclass(kw_only=True)
@@ -54,19 +54,7 @@ class Totals:
         Raises:
           ValueError: nothing was counted.
         """
-        return DatasetStatistics(
-            dataset=spec.name,
-            steps=self.action.count,
-            episodes=self.episodes,
-            action=self.action.result(),
-            state=self.state.result(),
-            action_modes=spec.action_modes,
-            state_modes=spec.state_modes,
-            action_encoding=spec.action_encoding,
-            state_encoding=spec.state_encoding,
-            absolute_action=spec.absolute_action,
-            control_hz=spec.control_hz / stride,
-        )
+        return statistics_of(spec, self.action, self.state, episodes=self.episodes, stride=stride)
 
 
 def result_json(spec: DatasetSpec, stride: int, totals: Totals) -> str:
@@ -83,7 +71,7 @@ def shard_totals(
       source: the dataset.
       shard: its number in `source.shards`.
       filters: names of FLAGS; rows that carry one of them do not count.
-      stride: steps in an action (see `data_pipelines.sampling.action_chunk`).
+      stride: steps in an action (see `data_pipelines.sampling.action_chunks`).
 
     Raises:
       ValueError: an unknown filter, or a value that is not finite.
@@ -109,11 +97,11 @@ def _unpickled(action: bytes, state: bytes, episodes: int) -> Totals:
 
 def _strided(actions: np.ndarray, stride: int, spec: DatasetSpec) -> np.ndarray:
     """The first action of the chunk from each row on: float32[N, A]."""
-    absolute = np.array(spec.absolute_action)
-    if stride == 1:
+    if stride == 1 or not len(actions):
         return actions
-    first = [action_chunk(actions, row, 1, absolute, stride)[0] for row in range(len(actions))]
-    return np.concatenate([actions[:0], *first])
+    absolute, rows = np.array(spec.absolute_action), np.arange(len(actions))
+    ends = np.full(len(actions), len(actions))
+    return action_chunks(actions, rows, ends, 1, absolute, stride)[0][:, 0]
 
 
 def _check_finite(source: IndexSource, entry: EpisodeEntry) -> None:

@@ -4,8 +4,6 @@ import argparse
 import tempfile
 from functools import lru_cache
 
-import fsspec
-
 from data_pipelines import storage
 from data_pipelines.index.build import open_index
 from data_pipelines.index.format import Index
@@ -25,10 +23,7 @@ def shared_index(folder: str, source: str | None = None) -> Index:
         return Index.open(storage.absolute(folder), source=source)
     temporary = tempfile.TemporaryDirectory(prefix="index.")
     _FETCHED.append(temporary)
-    with storage.naming(folder):
-        system, name = fsspec.core.url_to_fs(folder)
-        for file in storage.list_files(folder):
-            system.get_file(f"{name.rstrip('/')}/{file}", f"{temporary.name}/{file}")
+    storage.fetch_folder(folder, temporary.name)
     return Index.open(temporary.name, source=source)
 
 
@@ -36,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of a job that works on an index."""
     parser.add_argument("--split", default="train", help="of the input (default: train)")
     parser.add_argument("--definitions", help="TOML file with datasets of your own")
+    parser.add_argument("--name", help="of the input's dataset, whatever its files call it")
     parser.add_argument(
         "--index", help="folder or URL of the input's index (default: where it was made)"
     )
@@ -52,6 +48,10 @@ def index_of(arguments: argparse.Namespace) -> tuple[Index, str]:
     if arguments.index and not storage.is_local(arguments.index):
         return shared_index(arguments.index, storage.absolute(arguments.input)), arguments.index
     index = open_index(
-        arguments.input, arguments.split, arguments.index, definitions=arguments.definitions
+        arguments.input,
+        arguments.split,
+        arguments.index,
+        name=arguments.name,
+        definitions=arguments.definitions,
     )
     return index, str(index.folder)

@@ -54,12 +54,18 @@ def main(argv: Sequence[str]) -> int:
     parser = pipeline.parser("stats_job", "Takes a split's statistics, as `lara data stats`.")
     parser.add_argument("--split", default="train", help="of the input (default: train)")
     parser.add_argument("--definitions", help="TOML file with datasets of your own")
+    parser.add_argument("--name", help="of the input's dataset, whatever its files call it")
     parser.add_argument(
         "--filter", action="append", default=[], choices=FLAGS, help="rows not to count; repeatable"
     )
     parser.add_argument("--stride", type=int, default=1, help="of the actions (default: 1)")
     arguments, options = parser.parse_known_args(argv)
-    source = open_source(arguments.input, arguments.split, definitions=arguments.definitions)
+    source = open_source(
+        arguments.input,
+        arguments.split,
+        name=arguments.name,
+        definitions=arguments.definitions,
+    )
     output = storage.absolute(arguments.output)
     count = partial(shard_totals, source, filters=arguments.filter, stride=arguments.stride)
     with beam.Pipeline(options=PipelineOptions(options)) as job:

@@ -10,25 +10,29 @@
 One process at a time makes an index; others wait for it and then find it made.
 """
 
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_pipelines import storage
-from data_pipelines.annotate.readers import AnnotationProvider
+from data_pipelines.annotate.readers import AnnotationProvider, open_provider
 from data_pipelines.index.annotations import attach_annotations
 from data_pipelines.index.format import HEADER_FILE, Index
 from data_pipelines.index.parts import check_bad_fraction, index_source, parts_folder
 from data_pipelines.index.source import IndexSource, Shard, ShardFacts
+from data_pipelines.index.writer import recover, write_header
 from data_pipelines.lerobot import is_lerobot
-from data_pipelines.oxe.registry import load_definitions
+from data_pipelines.oxe.registry import load_definitions, spec_named
 from data_pipelines.rlds.directory import Directory
 from data_pipelines.rlds.source import RldsSource
 
@@ -39,8 +43,10 @@ __all__ = [
     "StaleIndex",
     "attach_annotations",
     "build_index",
+    "cache_folder",
     "index_folder",
     "index_source",
+    "locked",
     "open_index",
     "open_or_build",
     "open_source",
@@ -56,19 +62,35 @@ class StaleIndex(ValueError):
 
 
 def splits_of(path_or_url: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The splits of a TFDS version directory or of a LeRobot data set."""
+    """The splits of a TFDS version directory or of a LeRobot data set.
+
+    Of a directory that was converted to step records, those that have an index; of the folder of an
+    index, the one that it is of.
+    """
     place = storage.absolute(path_or_url)
     if is_lerobot(place):  # imported here, as it needs an extra
         from data_pipelines.lerobot.meta import Metadata
 
         return tuple(Metadata.read(place).splits)
+    if storage.exists(storage.join(place, HEADER_FILE)):
+        return (Index.open(place).header.split,)
+    if not _is_described(place) and storage.exists(storage.join(place, SIDECAR)):
+        return _indexed_splits(place)
     return tuple(Directory.read(place).splits)
+
+
+def _indexed_splits(place: str) -> tuple[str, ...]:
+    """The splits that have an index beside the data."""
+    folder = storage.join(place, SIDECAR)
+    names = storage.list_folders(folder)
+    return tuple(n for n in names if storage.exists(f"{folder}/{n}/{HEADER_FILE}"))
 
 
 def open_source(
     path_or_url: str | os.PathLike[str],
     split: str,
     *,
+    name: str | None = None,
     definitions: str | os.PathLike[str] | None = None,
     decode_frames: bool = False,
     flag_bad_frames: bool = False,
@@ -78,6 +100,7 @@ def open_source(
     Args:
       path_or_url: where it lies.
       split: such as "train".
+      name: of the dataset, whatever the files call it; None for what they say.
       definitions: a TOML file with datasets besides the built-in ones.
       decode_frames: decode every frame while indexing.
       flag_bad_frames: flag those that do not decode, instead of refusing the first.
@@ -94,6 +117,7 @@ def open_source(
         return LeRobotSource.read(
             place,
             split,
+            name=name,
             definitions=datasets,
             decode_frames=decode_frames,
             flag_bad_frames=flag_bad_frames,
@@ -101,6 +125,7 @@ def open_source(
     return RldsSource.read(
         place,
         split,
+        name=name,
         definitions=datasets,
         decode_frames=decode_frames,
         flag_bad_frames=flag_bad_frames,
@@ -120,8 +145,12 @@ def index_folder(path_or_url: str | os.PathLike[str], split: str) -> Path:
             return beside
     name = "-".join(place.split("://")[-1].split("/")[-2:])
     digest = hashlib.sha256(place.encode()).hexdigest()[:8]
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lara_jax")
-    return cache / "index" / f"{name}-{digest}" / split
+    return cache_folder() / "index" / f"{name}-{digest}" / split
+
+
+def cache_folder() -> Path:
+    """Where indexes lie that cannot lie beside their data."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lara_jax")
 
 
 def open_index(
@@ -129,6 +158,7 @@ def open_index(
     split: str,
     folder: str | os.PathLike[str] | None = None,
     *,
+    name: str | None = None,
     definitions: str | os.PathLike[str] | None = None,
     verify: bool = False,
 ) -> Index:
@@ -138,6 +168,7 @@ def open_index(
       path_or_url: a TFDS version directory or a LeRobot data set.
       split: such as "train".
       folder: of the index; None for `index_folder`.
+      name: of the dataset, whatever the files call it; None for what they say.
       definitions: a TOML file with datasets besides the built-in ones.
       verify: read the index's arrays and compare their checksums, and likewise the checksums that
         the source's records carry.
@@ -152,9 +183,9 @@ def open_index(
     if not (folder / HEADER_FILE).is_file():
         raise FileNotFoundError(
             f"{os.fspath(path_or_url)}, split {split!r}, has no index at {folder}: "
-            f"run `lara data index {os.fspath(path_or_url)}`"
+            f"run `lara data index {os.fspath(path_or_url)}{f' --name {name}' if name else ''}`"
         )
-    source = open_source(path_or_url, split, definitions=definitions)
+    source = open_source(path_or_url, split, name=name, definitions=definitions)
     return _open_checked(folder, source, verify=verify)
 
 
@@ -163,6 +194,7 @@ def build_index(
     split: str,
     folder: str | os.PathLike[str] | None = None,
     *,
+    name: str | None = None,
     definitions: str | os.PathLike[str] | None = None,
     annotations: AnnotationProvider | None = None,
     workers: int | None = None,
@@ -173,8 +205,9 @@ def build_index(
     """Makes the index of a dataset's split, or opens the one there is if it is fresh.
 
     Args:
-      path_or_url, split, folder, definitions, verify: as for `open_index`.
-      annotations: reasoning to take instead of the records' own.
+      path_or_url, split, folder, name, definitions, verify: as for `open_index`.
+      annotations: reasoning to take instead of the records' own; None for what was attached to
+        the index that is there, if it has to be made anew.
       workers: processes; None for one a core, or one alone for small files. The result does not
         depend on it.
       decode_frames: decode every frame; one that does not decode is an error.
@@ -183,15 +216,19 @@ def build_index(
 
     Raises:
       FileNotFoundError: there is no such dataset, or a file of it is missing.
-      ValueError: the folder holds the index of other data; or the data are bad, in which case the
-        message names file, record and step.
+      ValueError: the folder holds the index of other data; or of these, with annotations attached
+        from files that are gone; or the data are bad, in which case the message names file, record
+        and step.
       OSError: a file of the index cannot be written, or one of a remote source not be read.
     """
     if max_bad_fraction is not None and not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; allowed 0 to 1")
+    if max_bad_fraction is not None and not decode_frames:
+        raise ValueError("max_bad_fraction needs decode_frames: nothing else finds bad frames")
     source = open_source(
         path_or_url,
         split,
+        name=name,
         definitions=definitions,
         decode_frames=decode_frames,
         flag_bad_frames=max_bad_fraction is not None,
@@ -199,18 +236,22 @@ def build_index(
     folder = Path(folder) if folder is not None else index_folder(path_or_url, split)
     index = _fresh(folder, source, verify=verify, report=False)
     if index is None or parts_folder(folder).exists():
-        with _locked(folder):
+        with locked(folder):
             index = _fresh(folder, source, verify=verify, report=True)
             if index is None:
                 index = index_source(
-                    source, folder, workers=workers, max_bad_fraction=max_bad_fraction
+                    source,
+                    folder,
+                    annotations=annotations or _attached(folder),
+                    workers=workers,
+                    max_bad_fraction=max_bad_fraction,
                 )
             shutil.rmtree(parts_folder(folder), ignore_errors=True)
     if decode_frames:
         check_bad_fraction(index.header.counts, max_bad_fraction, str(folder))
     if annotations is None or _has(index, annotations):
         return index
-    with _locked(folder):
+    with locked(folder):
         index = Index.open(folder, source=source.source)
         return index if _has(index, annotations) else attach_annotations(index, annotations)
 
@@ -220,6 +261,7 @@ def open_or_build(
     split: str,
     folder: str | os.PathLike[str] | None = None,
     *,
+    name: str | None = None,
     definitions: str | os.PathLike[str] | None = None,
     workers: int | None = None,
 ) -> Index:
@@ -231,15 +273,56 @@ def open_or_build(
     """
     place = storage.absolute(path_or_url)
     if storage.is_local(place):
-        beside = Path(place) / SIDECAR / split
         if (Path(place) / HEADER_FILE).is_file():
-            return Index.open(place)
-        if (beside / HEADER_FILE).is_file() and not _is_described(place):
-            return Index.open(beside, source=place)
+            return _open_by_itself(Path(place), split, name, definitions)
+        if (Path(place) / SIDECAR).is_dir() and not _is_described(place):
+            splits = _indexed_splits(place)
+            if split not in splits:
+                raise ValueError(f"{place} has no split {split!r}; it has: {', '.join(splits)}")
+            beside = Path(place) / SIDECAR / split
+            return _open_by_itself(beside, split, name, definitions, source=place)
     folder = Path(folder) if folder is not None else index_folder(path_or_url, split)
     if (folder / HEADER_FILE).is_file():
-        return open_index(path_or_url, split, folder, definitions=definitions)
-    return build_index(path_or_url, split, folder, definitions=definitions, workers=workers)
+        return open_index(path_or_url, split, folder, name=name, definitions=definitions)
+    return build_index(
+        path_or_url, split, folder, name=name, definitions=definitions, workers=workers
+    )
+
+
+def _open_by_itself(
+    folder: Path,
+    split: str,
+    name: str | None,
+    definitions: str | os.PathLike[str] | None,
+    source: str | None = None,
+) -> Index:
+    """An index without a description of its data; their files are checked where they are there."""
+    index = Index.open(folder, source=source)
+    header = index.header
+    if header.split != split:
+        raise ValueError(f"{folder} is the index of split {header.split!r}, not of {split!r}")
+    if name is not None and name != header.dataset:
+        datasets = load_definitions(definitions)[0] if definitions is not None else None
+        spec = spec_named(name, datasets)
+        if spec.fingerprint != header.spec.fingerprint:
+            raise ValueError(
+                f"{folder} is the index of dataset {header.dataset!r}, whose definition is not "
+                f"that of {name!r}"
+            )
+        index = Index.open(folder, source=source, spec=spec)
+    try:
+        if not storage.exists(index.source):
+            return index
+        found = storage.facts(index.source, [file.path for file in header.files])
+    except (OSError, ValueError) as error:
+        print(f"{folder}: not compared with its files, {error}", file=sys.stderr)
+        return index
+    sizes = {
+        f.path: None if facts is None else facts.size
+        for f, facts in zip(header.files, found, strict=True)
+    }
+    _check_sizes(index, sizes, f"the index {folder} is stale: make it again")
+    return index
 
 
 def _is_described(place: str) -> bool:
@@ -254,14 +337,18 @@ def _open_checked(folder: Path, source: IndexSource, *, verify: bool) -> Index:
     except ValueError as error:
         raise StaleIndex(str(error)) from error
     header = index.header
-    for name in ("dataset", "version", "split"):
+    now = {file.path: file for file in source.files}
+    # Data may be read by another definition than before, but then their files are the same.
+    renamed = [] if now.keys() == {file.path for file in header.files} else ["dataset"]
+    for name in (*renamed, "version", "split"):
         found, wanted = getattr(header, name), getattr(source, name)
         if found != wanted:
             raise ValueError(
                 f"{folder} is the index of other data: {name} {found!r}, asked for {wanted!r}; "
                 f"choose another folder or remove it"
             )
-    again = f"the index {folder} is stale: run `lara data index {source.source}` again"
+    command = f"lara data index {source.source} --name {source.dataset}"
+    again = f"the index {folder} is stale: run `{command}` again"
     if header.spec.fingerprint != source.spec.fingerprint:
         raise StaleIndex(
             f"{again}; the definition of dataset {header.spec.name!r} has changed "
@@ -272,29 +359,60 @@ def _open_checked(folder: Path, source: IndexSource, *, verify: bool) -> Index:
             f"{again}; it has the cameras {sorted(header.cameras)}, "
             f"the data {sorted(source.cameras)}"
         )
-    known, now = ({file.path: file.size for file in s.files} for s in (header, source))
+    _check_sizes(index, {path: file.size for path, file in now.items()}, again)
+    if verify:
+        try:
+            index.check()
+        except ValueError as error:
+            raise StaleIndex(str(error)) from error
+    _check_content(index, source, again, every=verify)
+    return Index.open(folder, source=source.source, spec=source.spec)
+
+
+def _check_sizes(index: Index, now: Mapping[str, int | None], again: str) -> None:
+    """Refuses an index whose files are not there or have other sizes."""
+    known = {file.path: file.size for file in index.header.files}
     for name in sorted(known.keys() | now.keys()):
         if known.get(name) != now.get(name):
             raise StaleIndex(
-                f"{again}; {storage.join(source.source, name)} has {now.get(name)} bytes, "
+                f"{again}; {storage.join(index.source, name)} has {now.get(name)} bytes, "
                 f"it had {known.get(name)} (None: there is no such file)"
             )
-    if verify:
-        _verify(index, source, again)
-    return index
 
 
-def _verify(index: Index, source: IndexSource, again: str) -> None:
-    """Compares all checksums of the index, and those that the source's records carry."""
+def _check_content(index: Index, source: IndexSource, again: str, *, every: bool) -> None:
+    """Compares checksums: of every file, or of those that seem to have been touched."""
+    known = {file.path: file for file in index.header.files}
+    touched = [
+        number
+        for number, file in enumerate(source.files)
+        if every or _seems_touched(known[file.path].stamp, file.stamp)
+    ]
+    label = f"verify {source.dataset} {source.split}"
+    for number in tqdm(touched, desc=label, unit="file", disable=not touched):
+        file = source.files[number]
+        if known[file.path].checksum != source.checksum(number):
+            path = storage.join(source.source, file.path)
+            raise StaleIndex(f"{again}; {path} holds something else than what was indexed")
+    stamps = {source.files[number].path: source.files[number].stamp for number in touched}
+    if any(known[path].stamp != stamp for path, stamp in stamps.items()):
+        _restamp(index, stamps)
+
+
+def _seems_touched(before: str, now: str) -> bool:
+    """True if two stamps differ, of one kind: a local copy of a bucket is not compared with it."""
+    return before != now and before.partition(" ")[0] == now.partition(" ")[0]
+
+
+def _restamp(index: Index, stamps: Mapping[str, str]) -> None:
+    """Writes new stamps down, so that the files are read but once; where that may be done."""
+    header = index.header
+    files = tuple(replace(f, stamp=stamps.get(f.path, f.stamp)) for f in header.files)
     try:
-        index.check()
-    except ValueError as error:
-        raise StaleIndex(str(error)) from error
-    for number, file_now in enumerate(tqdm(source.files, desc="verify", unit="file")):
-        (known,) = (f for f in index.header.files if f.path == file_now.path)
-        if known.checksum != source.checksum(number):
-            path = storage.join(source.source, known.path)
-            raise StaleIndex(f"{again}; {path} holds other records than those that were indexed")
+        write_header(index.folder, replace(header, files=files))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def _fresh(folder: Path, source: IndexSource, *, verify: bool, report: bool) -> Index | None:
@@ -312,6 +430,30 @@ def _fresh(folder: Path, source: IndexSource, *, verify: bool, report: bool) -> 
     return index
 
 
+def _attached(folder: Path) -> AnnotationProvider | None:
+    """What was attached to the index in a folder, from its files as they are now."""
+    file = folder / HEADER_FILE
+    if not file.is_file():
+        return None
+    try:
+        annotations = json.loads(file.read_text(encoding="utf-8"))["annotations"]
+    except (ValueError, KeyError, TypeError):
+        print(f"{file} is damaged: attach annotations again, if it had some", file=sys.stderr)
+        return None
+    if "from" not in annotations:
+        return None
+    try:
+        provider = open_provider(annotations["from"])
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"the index {folder} has to be made anew, but has annotations attached that cannot be "
+            f"read: {error}; name others (--annotations), or delete {folder} to do without"
+        ) from error
+    if provider.fingerprint != annotations.get("fingerprint"):
+        print(f"{annotations['from']} has changed since it was attached", file=sys.stderr)
+    return provider
+
+
 def _has(index: Index, annotations: AnnotationProvider) -> bool:
     return index.header.annotations.get("fingerprint") == annotations.fingerprint
 
@@ -322,7 +464,7 @@ def _may_write(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lets one process at a time make the index in a folder; the system ends a dead one's turn."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
@@ -331,4 +473,5 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that makes {folder}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        recover(folder)
         yield

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 from data_pipelines.oxe.spec import DatasetSpec
 from lara_jax.tokenizers.prompt import Annotation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HEADER_FILE = "index.json"
 
 EPISODE = np.dtype(
@@ -41,6 +41,7 @@ EPISODE = np.dtype(
         ("frames", "<i4"),
         ("file", "<i4"),  # in Header.files
         ("record", "<i8"),  # number of the record in its file (LeRobot: the episode's index)
+        ("number", "<i8"),  # among all episodes of the split, those without rows counted, too
         ("key", "<i4"),  # text
         ("success", "i1"),  # 1 yes, 0 no, -1 unknown
     ]
@@ -83,14 +84,19 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file that the index points into: path relative to the source, bytes, and a checksum.
+    """A file that the index points into.
 
-    The checksum is a CRC-32C over the CRCs that the file's own records carry, as hexadecimal; empty
-    where the format has none.
+    Attributes:
+      path: relative to the source.
+      size: bytes.
+      stamp: as of `storage.FileFacts`: a file with another one is worth a look at its checksum.
+      checksum: CRC-32C over the CRCs that the file's own records carry, or over the whole file, as
+        hexadecimal; empty where nobody made one.
     """
 
     path: str
     size: int
+    stamp: str = ""
     checksum: str = ""
 
 
@@ -108,15 +114,19 @@ class Header:
     """index.json.
 
     Attributes:
-      dataset, version, split: of the source.
+      dataset: the name of its definition, under which all reports and statistics stand.
+      version, split: of the source.
       source: its directory or URL when the index was made; frames are read from there unless
         `Index.open` is given another place.
       spec: the dataset's definition.
       cameras: by name.
       files: what EPISODE.file and the frames' `file` count.
       counts: "episodes", "rows", "stored_steps", "dropped_steps" (stored steps that are no rows),
-        "empty_episodes", and the rows that carry each flag as "flag:<name>".
-      annotations: what the reasoning came from, empty where there is none.
+        "empty_episodes", "left_out_episodes" (which the dataset's definition leaves out), and the
+        rows that carry each flag as "flag:<name>".
+      annotations: what the reasoning came from, empty where there is none. Where it was attached:
+        "from", the files as `open_provider` takes them, and the "episodes" and "rows" that have
+        some.
       arrays: by file name.
       decoded: True if every frame was decoded when the index was made.
       schema_version: of this format.
@@ -137,9 +147,13 @@ class Header:
 
     @property
     def digest(self) -> str:
-        """Identifies the content, wherever it lies: SHA-256 of all but `source`."""
-        facts = self.to_dict()
-        del facts["source"]
+        """Identifies the content: SHA-256 of all but places, times, names and prose."""
+        facts = self.to_dict() | {"spec": self.spec.fingerprint}
+        for name in ("dataset", "source", "decoded"):
+            del facts[name]
+        for file in facts["files"]:
+            del file["stamp"]
+        facts["annotations"].pop("from", None)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,6 +194,7 @@ class EpisodeEntry:
       annotations: N annotations, None where a step has none; or () for none at all.
       flags: uint8[N], bits of FLAGS.
       frames: by camera, a structured array of KINDS with T entries.
+      left_out: the dataset's definition does not want it; it then has no rows.
     """
 
     key: str
@@ -195,6 +210,7 @@ class EpisodeEntry:
     flags: np.ndarray
     frames: Mapping[str, np.ndarray]
     stored_steps: int
+    left_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,19 +221,28 @@ class Index:
       folder: where it lies.
       header: what index.json says.
       source: the directory or URL that holds the files.
+      read_as: the definition in `header`, where it is not the one that index.json has.
     """
 
     folder: Path
     header: Header
     source: str
+    read_as: DatasetSpec | None = None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, source: str | None = None) -> "Index":
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        source: str | None = None,
+        spec: DatasetSpec | None = None,
+    ) -> "Index":
         """Opens an index; the arrays are mapped when they are first used.
 
         Args:
           folder: of one split.
           source: where the files lie now; None for where they were.
+          spec: a definition of the same fingerprint to read it under; None for its own.
 
         Raises:
           FileNotFoundError: there is no index.
@@ -231,13 +256,21 @@ class Index:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): run `lara data index` again") from error
-        version = values.get("schema_version")
+        version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}: "
                 f"run `lara data index` again"
             )
-        header = Header.from_dict(values)
+        try:
+            header = Header.from_dict(values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another shape
+            raise ValueError(
+                f"{file} is damaged ({type(error).__name__}: {error}): run `lara data index` again"
+            ) from error
+        read_as = None if spec == header.spec else spec
+        if read_as is not None:
+            header = replace(header, dataset=read_as.name, spec=read_as)
         for name, info in header.arrays.items():
             size = int(np.prod(info.shape, dtype=np.int64)) * np.dtype(info.dtype).itemsize
             found = (folder / name).stat().st_size if (folder / name).is_file() else -1
@@ -246,10 +279,10 @@ class Index:
                     f"{folder / name}: {found} bytes, the index says {size}: it is incomplete; "
                     f"run `lara data index` again"
                 )
-        return cls(folder=folder, header=header, source=source or header.source)
+        return cls(folder=folder, header=header, source=source or header.source, read_as=read_as)
 
     def __reduce__(self) -> Any:
-        return _reopen, (self.folder, self.source)
+        return _reopen, (self.folder, self.source, self.read_as)
 
     def __len__(self) -> int:
         return self.header.counts["rows"]
@@ -326,10 +359,9 @@ class Index:
         """The reasoning of a row, None where it has none."""
         if "annotations.bin" not in self.header.arrays:
             return None
-        entry = self._annotations[row]
-        first, count = int(entry["first_box"]), int(entry["boxes"])
-        subtask = self.annotation_texts[int(entry["subtask"])]
-        motion = self.annotation_texts[int(entry["motion"])]
+        subtask_text, motion_text, first, count = self._annotations[row].item()
+        subtask = self.annotation_texts[subtask_text]
+        motion = self.annotation_texts[motion_text]
         if not (subtask or motion or count):
             return None
         boxes = tuple(tuple(box) for box in self._boxes[first : first + count].tolist())
@@ -361,8 +393,8 @@ class Index:
         return self.array("boxes.bin")
 
 
-def _reopen(folder: Path, source: str) -> Index:
-    return Index.open(folder, source=source)
+def _reopen(folder: Path, source: str, spec: DatasetSpec | None) -> Index:
+    return Index.open(folder, source=source, spec=spec)
 
 
 def frames_file(camera: str) -> str:

@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines import storage
-from data_pipelines.index.annotations import checked_annotations
+from data_pipelines.annotate.readers import AnnotationProvider
+from data_pipelines.index.annotations import attach_annotations, checked_annotations
 from data_pipelines.index.filters import row_flags
 from data_pipelines.index.format import (
     SCHEMA_VERSION,
@@ -44,6 +45,7 @@ def index_source(
     source: IndexSource,
     folder: str | os.PathLike[str],
     *,
+    annotations: AnnotationProvider | None = None,
     workers: int | None = None,
     max_bad_fraction: float | None = None,
 ) -> Index:
@@ -52,13 +54,15 @@ def index_source(
     Args:
       source: the split.
       folder: of the index; an older one is replaced.
+      annotations: to attach; None for those of the source, if it has some.
       workers, max_bad_fraction: as for `build_index`.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     folder = Path(folder)
     parts = parts_folder(folder)
-    names = [_part_name(source, shard) for shard in range(len(source.shards))]
+    shared = _shared(source)
+    names = [_part_name(source, shard, shared) for shard in range(len(source.shards))]
     parts.mkdir(parents=True, exist_ok=True)
     for found in parts.iterdir():  # of an interrupted run: unfinished, or of data that changed
         if found.name not in names:
@@ -76,10 +80,18 @@ def index_source(
         if not writer.counts["rows"]:
             raise ValueError(
                 f"{where}: no step to learn from ({writer.counts['empty_episodes']} empty "
-                f"episodes, {writer.counts['dropped_steps']} dropped steps)"
+                f"episodes, {writer.counts['left_out_episodes']} left out, "
+                f"{writer.counts['dropped_steps']} dropped steps)"
             )
         check_bad_fraction(writer.counts, max_bad_fraction, where)
-        writer.finish(_header(source, tuple(files), cameras))
+        unseen = sorted(set(source.cameras) - set(cameras))
+        if unseen:
+            raise ValueError(f"{where}: no frame of camera {', '.join(unseen)} decodes")
+        for number in shared:
+            files[number] = replace(files[number], checksum=source.checksum(number))
+        made = writer.finish(_header(source, tuple(files), cameras))
+    if annotations is not None:
+        attach_annotations(made, annotations)
     put_in_place(parts / "index", folder)
     shutil.rmtree(parts)
     return Index.open(folder)
@@ -100,9 +112,15 @@ def parts_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".parts")
 
 
-def _part_name(source: IndexSource, shard: int) -> str:
+def _shared(source: IndexSource) -> list[int]:
+    """The files of no shard, such as metadata: all shards may depend on them."""
+    sharded = {number for shard in source.shards for number in shard.files}
+    return [number for number in range(len(source.files)) if number not in sharded]
+
+
+def _part_name(source: IndexSource, shard: int, shared: Sequence[int]) -> str:
     """Names the part of a shard by all that it depends on."""
-    files = [source.files[number] for number in source.shards[shard].files]
+    files = [source.files[number] for number in (*shared, *source.shards[shard].files)]
     facts = {
         "schema": SCHEMA_VERSION,
         "data": [source.dataset, source.version, source.split],
@@ -110,10 +128,7 @@ def _part_name(source: IndexSource, shard: int) -> str:
         "cameras": source.cameras,
         "annotations": dict(source.annotations),
         "decode_frames": source.decode_frames,
-        "files": [
-            (file.path, file.size, storage.stamp(storage.join(source.source, file.path)))
-            for file in files
-        ],
+        "files": [(file.path, file.size, file.stamp) for file in files],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{shard:06d}-{digest[:16]}"

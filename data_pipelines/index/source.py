@@ -39,7 +39,7 @@ class IndexSource(Protocol):
 
     @property
     def dataset(self) -> str:
-        """As in Header; likewise the next ones."""
+        """The name of `spec`, as in Header; likewise the next ones."""
 
     @property
     def version(self) -> str: ...
@@ -66,7 +66,7 @@ class IndexSource(Protocol):
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """With their sizes, without checksums."""
+        """With their sizes and stamps, without checksums."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -4,10 +4,11 @@ An index appears under its name at once, when it is complete; until then its fil
 folder beside it, so that whatever interrupts a writer leaves no half of an index.
 """
 
+import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -33,11 +34,40 @@ from lara_jax.tokenizers.prompt import Annotation
 
 def put_in_place(made: Path, folder: Path) -> None:
     """Gives a finished folder its name, instead of an older one of that name."""
-    old = made.with_name(made.name + ".old")
+    old = _replaced(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)  # a reader that has the old one mapped keeps it
     os.replace(made, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Undoes what killed writers of a folder have left; no other process may be writing it.
+
+    An index that was being replaced gets its name back, and unfinished ones are deleted.
+    """
+    if _replaced(folder).exists() and not folder.exists():
+        os.replace(_replaced(folder), folder)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where an older index lies while a new one gets its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Writes the header of an index; one that is there is replaced at once."""
+    file = folder / f".{HEADER_FILE}.{secrets.token_hex(8)}"
+    try:
+        with _naming(file):
+            file.write_text(json.dumps(header.to_dict(), indent=1), encoding="utf-8")
+            os.replace(file, folder / HEADER_FILE)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 class IndexWriter:
@@ -56,16 +86,20 @@ class IndexWriter:
         self._durable = durable
         self.folder = Path(folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(
-            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}.")
-        )
+        # Others may read an index: not a folder of `tempfile`, which is for its owner alone.
+        self._partial = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(8)}")
+        self._partial.mkdir()
         self._arrays: dict[str, _ArrayFile] = {}
         self._kept: dict[str, ArrayInfo] = {}
         self._texts = _TextFile(self, "texts")
         self._annotation_texts = _TextFile(self, "annotation_texts")
         self.counts = dict.fromkeys(
-            ("episodes", "rows", "stored_steps", "dropped_steps", "empty_episodes", "boxes"), 0
-        )
+            (
+                "episodes", "rows", "stored_steps", "dropped_steps", "empty_episodes",
+                "left_out_episodes", "boxes",
+            ),
+            0,
+        )  # fmt: skip
         self.counts |= {f"flag:{name}": 0 for name in FLAGS}
 
     def __enter__(self) -> "IndexWriter":
@@ -84,12 +118,13 @@ class IndexWriter:
         first_frame, number = counts["stored_steps"], counts["episodes"]
         counts["dropped_steps"] += stored - rows
         if not rows:
-            counts["empty_episodes"] += 1
+            counts["left_out_episodes" if entry.left_out else "empty_episodes"] += 1
             return
         success = -1 if entry.success is None else int(entry.success)
         key = self._texts.number(entry.key)
         episode = (
-            counts["rows"], rows, first_frame, stored, entry.file, entry.record, key, success
+            counts["rows"], rows, first_frame, stored, entry.file, entry.record, self._seen, key,
+            success,
         )  # fmt: skip
         self.append("episodes.bin", np.array([episode], EPISODE))
         table = np.zeros(rows, ROW)
@@ -133,6 +168,7 @@ class IndexWriter:
             texts = self._texts.numbers_of(part.texts)
             episodes["first_row"] += counts["rows"]
             episodes["first_frame"] += counts["stored_steps"]
+            episodes["number"] += self._seen
             episodes["key"] = texts[episodes["key"]]
             rows["episode"] += counts["episodes"]
             rows["instruction"] = texts[rows["instruction"]]
@@ -169,6 +205,12 @@ class IndexWriter:
         self._texts.numbers_of(index.texts)
         self.counts |= {**index.header.counts, "boxes": 0, "flag:no_annotation": 0}
 
+    @property
+    def _seen(self) -> int:
+        """How many episodes there were so far, those without rows, too."""
+        names = ("episodes", "empty_episodes", "left_out_episodes")
+        return sum(self.counts[name] for name in names)
+
     def append(self, name: str, values: np.ndarray) -> None:
         """Adds entries to an array file."""
         if name not in self._arrays:
@@ -187,9 +229,7 @@ class IndexWriter:
             name: array.finish(durable=self._durable) for name, array in self._arrays.items()
         }
         header = replace(header, counts=self.counts, arrays=dict(sorted(arrays.items())))
-        text = json.dumps(header.to_dict(), indent=1)
-        with _naming(self._partial / HEADER_FILE):
-            (self._partial / HEADER_FILE).write_text(text, encoding="utf-8")
+        write_header(self._partial, header)
         put_in_place(self._partial, self.folder)
         return Index.open(self.folder)
 

@@ -5,6 +5,10 @@ from data_pipelines import storage
 INFO = "meta/info.json"
 
 
+class MissingExtra(ImportError, ValueError):
+    """A package of the extra is not installed."""
+
+
 def is_lerobot(path: storage.PathLike) -> bool:
     """True for a directory or URL that holds a LeRobot data set; works without the extra."""
     return storage.exists(storage.join(path, INFO))

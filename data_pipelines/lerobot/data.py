@@ -9,14 +9,17 @@ show there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from data_pipelines import storage
 from data_pipelines.lerobot.layouts import INSTRUCTION
 from data_pipelines.lerobot.meta import Episode, Metadata, read_table
 from data_pipelines.oxe.terms import RawFeature
+
+if TYPE_CHECKING:  # at run time only after `meta`, which says what to install where it is absent
+    import pyarrow as pa
 
 
 def read_episodes(
@@ -83,11 +86,13 @@ def _check_times(seconds: np.ndarray, fps: float, tolerance_seconds: float, wher
         )
 
 
-def _feature(column: pa.ChunkedArray, metadata: Metadata, key: str, where: str) -> RawFeature:
+def _feature(column: "pa.ChunkedArray", metadata: Metadata, key: str, where: str) -> RawFeature:
     """A column's rows: numbers in the feature's shape, or byte strings.
 
     An image (a struct) gives the bytes of its file.
     """
+    import pyarrow as pa
+
     values: pa.Array = pa.concat_arrays(column.chunks)
     if pa.types.is_struct(values.type):
         values = values.field("bytes")

@@ -16,6 +16,7 @@ from math import prod
 from data_pipelines import storage
 from data_pipelines.lerobot import INFO
 from data_pipelines.lerobot.meta import BOOKKEEPING, Entry, Metadata
+from data_pipelines.oxe.registry import REGISTRY
 from data_pipelines.oxe.spec import DatasetSpec
 
 # The instruction of each step; a column of this name takes its place.
@@ -30,7 +31,9 @@ class Layout:
       spec: its definition; terms and cameras are filled in from modality.json.
       action, state: names of the entries in modality.json, in our order.
       known_by: words, one of which is in the folder's name or is the robot's.
-      without_tasks: instructions, by task_index, whose episodes are left out.
+      without_tasks: instructions, by task_index, whose episodes are left out of the data set that
+        numbers them so; others number theirs otherwise.
+      numbered_by: that data set's folder, exactly; it has all of these tasks.
     """
 
     spec: DatasetSpec
@@ -38,6 +41,16 @@ class Layout:
     state: tuple[str, ...]
     known_by: tuple[str, ...]
     without_tasks: frozenset[int] = frozenset()
+    numbered_by: str = ""
+
+    def left_out(self, metadata: Metadata) -> frozenset[int]:
+        """The tasks whose episodes are left out: none, but of the data set that numbers them so."""
+        same = _folder_names(metadata)[0] == self.numbered_by
+        return (
+            self.without_tasks
+            if same and self.without_tasks <= set(metadata.tasks)
+            else frozenset()
+        )
 
     def fits(self, metadata: Metadata) -> bool:
         """True if the data set has the entries and the cameras of this layout."""
@@ -56,27 +69,11 @@ class Layout:
 
 
 _POSE = ("x", "y", "z", "roll", "pitch", "yaw")
-_SOURCE = "LaRA-VLA's PyTorch release (93b5c03), its data configurations"
 
-# Source of the modes, cameras and tasks: the release's data configurations and bridge.yaml.
+# Source of the entries and tasks: the release's data configurations and bridge.yaml.
 LAYOUTS: Mapping[str, Layout] = {
     "bridge_lara": Layout(
-        spec=DatasetSpec(
-            name="bridge_lara",
-            aliases=("oxe_bridge",),
-            robot="WidowX 250",
-            source=_SOURCE,
-            location="huggingface.co/datasets/lovejuly/bridge_orig_lerobot",
-            quirks="The release trains on chunks of 16 actions. Its Bridge set has no videos.",
-            control_hz=0.0,
-            cameras={"image_0": "observation.images.image_0"},
-            roles={"primary": "image_0"},
-            action=("action",),
-            state=("observation.state",),
-            action_modes=("q99",) * 6 + ("binary",),
-            state_modes=("q99",) * 7 + ("binary",),
-            gripper="absolute, 1 open",
-        ),
+        spec=REGISTRY["bridge_lara"],
         action=(*_POSE, "gripper"),
         state=(*_POSE, "pad", "gripper"),
         known_by=("bridge", "widowx"),
@@ -84,27 +81,10 @@ LAYOUTS: Mapping[str, Layout] = {
             {4, 11, 338, 1176, 3656, 3922, 4446, 4865, 6552, 9814, 11386, 11704, 12032, 12708}
             | {13667, 15039, 16104, 16392, 16914, 17286, 18937}
         ),
+        numbered_by="bridge_orig_lerobot",
     ),
     "libero_lara": Layout(
-        spec=DatasetSpec(
-            name="libero_lara",
-            aliases=("libero_franka",),
-            robot="Franka Panda",
-            source=_SOURCE,
-            location="huggingface.co/datasets/lovejuly/libero_lerobot_all",
-            quirks="The release trains on chunks of 8 actions and leaves the state as it is.",
-            control_hz=0.0,
-            cameras={
-                "image": "observation.images.image",
-                "wrist_image": "observation.images.wrist_image",
-            },
-            roles={"primary": "image", "wrist": "wrist_image"},
-            action=("action",),
-            state=("observation.state",),
-            action_modes=("min_max",) * 6 + ("none",),
-            state_modes=("none",) * 8,
-            gripper="absolute, 1 open",
-        ),
+        spec=REGISTRY["libero_lara"],
         action=(*_POSE, "gripper"),
         state=(*_POSE, "pad", "gripper"),
         known_by=("libero",),
@@ -143,7 +123,7 @@ def definition(
         action=tuple(_term(modality.action[name]) for name in layout.action),
         state=tuple(_term(modality.state[name]) for name in layout.state),
     )
-    return _checked(metadata, spec), layout.without_tasks
+    return _checked(metadata, spec), layout.left_out(metadata)
 
 
 def _folder_names(metadata: Metadata) -> tuple[str, str]:

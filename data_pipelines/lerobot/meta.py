@@ -21,16 +21,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipelines import storage
+from data_pipelines.lerobot import INFO, MissingExtra
+
 try:
     import pyarrow as pa
     import pyarrow.parquet as pq
 except ImportError as error:
-    raise ImportError(
+    raise MissingExtra(
         "LeRobot data sets need PyArrow: install the extra `lerobot` (lara-jax[lerobot])"
     ) from error
-
-from data_pipelines import storage
-from data_pipelines.lerobot import INFO
 
 MODALITY = "meta/modality.json"
 TASKS_V2, EPISODES_V2 = "meta/tasks.jsonl", "meta/episodes.jsonl"
@@ -54,6 +54,17 @@ class Feature:
     dtype: str
     shape: tuple[int, ...]
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> "Feature":
+        """From the parsed JSON; `where` names it in messages."""
+        entry = _object(values, where)
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not isinstance(dtype, str):
+            raise ValueError(f"{where}: 'dtype' should be a text; got {dtype!r}")
+        if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+            raise ValueError(f"{where}: 'shape' should be a list of sizes; got {shape!r}")
+        return cls(dtype=dtype, shape=tuple(shape), names=tuple(_names(entry.get("names"))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,26 +116,27 @@ class Modality:
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "Modality":
         """From the parsed JSON; `where` names the file in messages."""
 
+        def named(part: str) -> Mapping[str, Mapping[str, Any]]:
+            found = _object(values.get(part, {}), f"{where}: {part!r}")
+            return {name: _object(e, f"{where}: {part}.{name}") for name, e in found.items()}
+
         def entries(part: str, column: str) -> dict[str, Entry]:
-            try:
-                return {
-                    name: Entry(
-                        column=entry.get("original_key") or column,
-                        start=int(entry["start"]),
-                        end=int(entry["end"]),
-                    )
-                    for name, entry in values.get(part, {}).items()
-                }
-            except KeyError as error:
-                raise ValueError(f"{where}: an entry of {part!r} has no {error}") from error
+            return {
+                name: Entry(
+                    column=entry.get("original_key") or column,
+                    start=_number(entry, "start", f"{where}: {part}.{name}"),
+                    end=_number(entry, "end", f"{where}: {part}.{name}"),
+                )
+                for name, entry in named(part).items()
+            }
 
         video = {
             name: entry.get("original_key") or f"observation.images.{name}"
-            for name, entry in values.get("video", {}).items()
+            for name, entry in named("video").items()
         }
         tasks = [
             entry.get("original_key") or f"annotation.{name}"
-            for name, entry in values.get("annotation", {}).items()
+            for name, entry in named("annotation").items()
             if name.endswith("task_description")
         ]
         return cls(
@@ -171,39 +183,39 @@ class Metadata:
           FileNotFoundError: `root` is no LeRobot data set, or a file below meta/ is missing.
           ValueError: the version is not one of VERSIONS, or a file is malformed.
         """
-        info = _json(root, INFO)
+        info, where = _json(root, INFO), storage.join(root, INFO)
         version = info.get("codebase_version")
         if version not in VERSIONS:
             raise ValueError(
-                f"{storage.join(root, INFO)}: codebase_version is {version!r}; "
-                f"allowed: {', '.join(VERSIONS)}"
+                f"{where}: codebase_version is {version!r}; allowed: {', '.join(VERSIONS)}"
             )
-        missing = sorted({"fps", "features", "data_path"} - set(info))
-        if missing:
-            raise ValueError(f"{storage.join(root, INFO)} has no field {', '.join(missing)}")
         features = {
-            key: Feature(
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                names=tuple(_names(entry.get("names"))),
-            )
-            for key, entry in info["features"].items()
+            key: Feature.from_dict(entry, f"{where}: feature {key!r}")
+            for key, entry in _object(info.get("features"), f"{where}: 'features'").items()
         }
-        read = _read_v3 if version == "v3.0" else _read_v2
         videos = [key for key, feature in features.items() if feature.dtype == "video"]
+        for name in ("data_path", *(["video_path"] if videos else [])):
+            if not isinstance(info.get(name), str):
+                raise ValueError(
+                    f"{where}: {name!r} should be a pattern of file names; got {info.get(name)!r}"
+                )
+        fps = info.get("fps")
+        if not isinstance(fps, int | float) or not fps > 0:
+            raise ValueError(f"{where}: 'fps' should be steps a second, above 0; got {fps!r}")
+        read = _read_v3 if version == "v3.0" else _read_v2
         tasks, episodes, lists = read(root, info, videos)
         by_number = {e.number: e for e in sorted(episodes, key=lambda e: e.number)}
         total = info.get("total_episodes", len(episodes))
         if not total == len(episodes) == len(by_number):
             raise ValueError(
-                f"{storage.join(root, INFO)} counts {total} episodes; the list of episodes has "
+                f"{where} counts {total} episodes; the list of episodes has "
                 f"{len(episodes)}, {len(by_number)} different ones"
             )
         has_modality = storage.exists(storage.join(root, MODALITY))
         return cls(
             root=root,
             codebase_version=version,
-            fps=float(info["fps"]),
+            fps=float(fps),
             robot=info.get("robot_type") or "",
             features=features,
             tasks=tasks,
@@ -336,7 +348,8 @@ def _read_v3(root: str, info: Mapping[str, Any], videos: Iterable[str]) -> _List
 def _splits(root: str, info: Mapping[str, Any], end: int) -> dict[str, tuple[int, int]]:
     """[first, end) of "first:end"; without splits, "train" is everything."""
     splits = {}
-    for name, text in (info.get("splits") or {}).items():
+    named = _object(info.get("splits") or {}, f"{storage.join(root, INFO)}: 'splits'")
+    for name, text in named.items():
         first, _, last = str(text).partition(":")
         if not (first.isdecimal() and last.isdecimal()):
             raise ValueError(
@@ -376,11 +389,25 @@ def _numbered(root: str, pattern: str) -> Iterator[str]:
                 return
 
 
-def _json(root: str, file: str) -> Any:
+def _object(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} should be a JSON object; got {values!r:.80}")
+    return values
+
+
+def _number(entry: Mapping[str, Any], name: str, where: str) -> int:
+    value = entry.get(name)
+    if not isinstance(value, int):
+        raise ValueError(f"{where}: {name!r} should be a number; got {value!r}")
+    return value
+
+
+def _json(root: str, file: str) -> Mapping[str, Any]:
     try:
-        return json.loads(_text(root, file))
+        values = json.loads(_text(root, file))
     except ValueError as error:
         raise ValueError(f"{storage.join(root, file)} is no JSON: {error}") from error
+    return _object(values, storage.join(root, file))
 
 
 def _jsonl(root: str, file: str, fields: Iterable[str]) -> list[Any]:
@@ -392,8 +419,8 @@ def _jsonl(root: str, file: str, fields: Iterable[str]) -> list[Any]:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
-        if row is not None:
-            missing = [name for name in fields if name not in row]
+        if line.strip():
+            missing = [name for name in fields if name not in _object(row, where)]
             if missing:
                 raise ValueError(f"{where} has no field {', '.join(missing)}")
             rows.append(row)

@@ -16,7 +16,6 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -57,13 +56,6 @@ _REASONING = (
     ),
     Feature(key=f"steps/{REASONING.motion}", kind="text", per_step=True),
 )
-
-
-def episodes_as_rlds(source: LeRobotSource) -> tuple[tuple[Feature, ...], Iterator[bytes]]:
-    """The features and the serialised episodes of a split, as `rlds.writer.write_dataset` takes
-    them; to convert in parallel, see `rlds_episodes`."""
-    shards = range(len(source.shard_episodes))
-    return rlds_features(source), chain.from_iterable(rlds_episodes(source, s) for s in shards)
 
 
 def rlds_features(source: LeRobotSource) -> tuple[Feature, ...]:

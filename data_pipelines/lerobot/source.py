@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 
 from data_pipelines import storage
-from data_pipelines.annotate.readers import AnnotationProvider, LaraAnnotations
+from data_pipelines.annotate.readers import AnnotationProvider, EpisodeName, LaraAnnotations
 from data_pipelines.annotate.schema import BadEntries
 from data_pipelines.index.filters import bad_rows
 from data_pipelines.index.format import VIDEO, Camera, EpisodeEntry, SourceFile
@@ -50,7 +50,7 @@ class LeRobotSource:
       metadata: of the data set.
       split: as in info.json, or "all".
       spec: how to read it.
-      without_tasks: episodes of these tasks are left out; they count as empty episodes.
+      without_tasks: episodes of these tasks are left out, and counted.
       provider: of reasoning annotations, by episode_index; None for the files in annotations/.
       decode_frames: decode every frame.
       flag_bad_frames: flag rows whose frames do not decode, instead of refusing the first one.
@@ -111,8 +111,8 @@ class LeRobotSource:
 
     @property
     def dataset(self) -> str:
-        """The folder's name."""
-        return self.source.rpartition("/")[2]
+        """The dataset's name: that of its definition, whatever the folder is called."""
+        return self.spec.name
 
     @property
     def version(self) -> str:
@@ -185,21 +185,22 @@ class LeRobotSource:
         folders: dict[str, list[str]] = defaultdict(list)
         for name in names:
             folders[posixpath.dirname(name)].append(name)
-        sizes: dict[str, int | None] = {}
+        facts: dict[str, storage.FileFacts | None] = {}
         for folder, members in folders.items():
             place = storage.join(self.metadata.root, folder)
             try:
-                found = storage.sizes(place, [posixpath.basename(name) for name in members])
+                found = storage.facts(place, [posixpath.basename(name) for name in members])
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self.metadata.root} has no folder {folder}") from error
-            sizes |= zip(members, found, strict=True)
-        missing = [name for name, size in sizes.items() if size is None]
+            facts |= zip(members, found, strict=True)
+        missing = [name for name, found in facts.items() if found is None]
         if missing:
             raise FileNotFoundError(
                 f"{self.metadata.root} lacks {len(missing)} of {len(names)} files: {missing[0]}"
                 f"{', ...' if len(missing) > 1 else ''}"
             )
-        return tuple(SourceFile(path=name, size=sizes[name] or 0) for name in names)
+        there = ((name, fact) for name in names if (fact := facts[name]) is not None)
+        return tuple(SourceFile(path=name, size=f.size, stamp=f.stamp) for name, f in there)
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -288,8 +289,14 @@ class LeRobotSource:
         Raises:
           ValueError: there is one of a step that the episode does not have.
         """
-        found = self.reasoning and self.reasoning.episode(key_of(episode), episode.number)
-        steps = found or {}
+        name = EpisodeName(
+            key=key_of(episode),
+            number=episode.number,
+            dataset=self.dataset,
+            split=self.split,
+            stored_steps=episode.length,
+        )
+        steps = (self.reasoning and self.reasoning.episode(name)) or {}
         if steps and max(steps) >= episode.length:
             raise ValueError(
                 f"{self.metadata.root}, episode {episode.number}: an annotation of step "
@@ -375,6 +382,7 @@ class LeRobotSource:
             flags=nothing.astype(np.uint8),
             frames={},
             stored_steps=episode.length,
+            left_out=True,
         )
 
 

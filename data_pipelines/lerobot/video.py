@@ -25,14 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines import storage
+from data_pipelines.lerobot import MissingExtra
+
 try:
     import av
 except ImportError as error:
-    raise ImportError(
+    raise MissingExtra(
         "videos need PyAV: install the extra `lerobot` (lara-jax[lerobot])"
     ) from error
-
-from data_pipelines import storage
 
 # A decoder holds up to 16 frames to refer to, so this bounds the memory of a thread: at 256 px
 # about 8 MB.
@@ -168,13 +169,6 @@ def read_frame(path: str, pts: int, keyframe_pts: int) -> np.ndarray:
     if len(decoders) > OPEN_FILES_PER_THREAD:
         decoders.popitem(last=False)[1].close()
     return image
-
-
-def close_all() -> None:
-    """Closes the files that this thread keeps open."""
-    decoders: OrderedDict[str, _Decoder] = _THREAD.__dict__.pop("decoders", OrderedDict())
-    for decoder in decoders.values():
-        decoder.close()
 
 
 _THREAD = threading.local()

@@ -59,6 +59,7 @@ class DatasetSpec:
 
     Attributes:
       name: as in dataset_info.json.           aliases: other names it is published under.
+      folders: more names that its folder may have, which other datasets may have as names, too.
       robot, source, location, licence, quirks: for people; `location` is a public address.
       control_hz: rows a second, after `rows` thinned them out; 0 where nobody says.
       cameras: step feature of each camera, by the camera's name.
@@ -78,6 +79,7 @@ class DatasetSpec:
 
     name: str
     aliases: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     robot: str = ""
     source: str = ""
     location: str = ""
@@ -178,8 +180,9 @@ class DatasetSpec:
     def fingerprint(self) -> str:
         """Changes whenever the standard form of this dataset's steps may change."""
         facts = self.to_dict()
-        for prose in ("aliases", "robot", "source", "location", "licence", "quirks", "gripper"):
-            facts.pop(prose)
+        names, prose = ("name", "aliases", "folders"), ("robot", "source", "location", "licence")
+        for field_name in (*names, *prose, "quirks", "gripper"):
+            facts.pop(field_name)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,21 +18,17 @@ Feature keys in this project are these flat paths. The directory may be a local 
 """
 
 import json
-import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from tensorflow_datasets.proto import tf_example_pb2
+from typing import Any, TypeVar
 
 from data_pipelines import storage
-from data_pipelines.rlds.tfrecord import TFRecordFile
 
 STEPS = "steps"
+T = TypeVar("T")
 # Types stored by value: floats as float_list, in 32 bits, the others as int64_list.
 FLOATS = frozenset({"float16", "float32", "float64"})
 INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"})
@@ -101,19 +97,17 @@ class Directory:
             raise FileNotFoundError(
                 f"{path} is no TFDS version directory: it has no dataset_info.json{hint}"
             )
-        info = _read_json(_file(path, INFO))
-        file_format = info.get("fileFormat", "tfrecord")
+        info = _Json.read(_file(path, INFO))
+        file_format = info.field("fileFormat", str, "tfrecord")
         if file_format != "tfrecord":
             raise ValueError(f"{path}: the file format is {file_format!r}; only 'tfrecord' is read")
-        for field in ("name", "splits"):
-            if field not in info:
-                raise ValueError(f"{_file(path, INFO)} has no field {field!r}")
-        splits = (_split(path, info["name"], entry) for entry in info["splits"])
-        features = _features(_read_json(_file(path, FEATURES)), key="", per_step=False)
+        name = info.field("name", str)
+        splits = (_split(path, name, entry) for entry in info.items("splits"))
+        features = _features(_Json.read(_file(path, FEATURES)), key="", per_step=False)
         return cls(
             path=path,
-            name=info["name"],
-            version=info.get("version", ""),
+            name=name,
+            version=info.field("version", str, ""),
             splits={split.name: split for split in splits},
             features={feature.key: feature for feature in features},
         )
@@ -135,120 +129,17 @@ class Directory:
             )
         return self.splits[name]
 
-    def sizes(self, split: str) -> tuple[int, ...]:
-        """Bytes of each of a split's files; a FileNotFoundError names the first that is missing."""
+    def facts(self, split: str) -> tuple[storage.FileFacts, ...]:
+        """Of each of a split's files; a FileNotFoundError names the first that is missing."""
         files = self.split(split).files
-        sizes = storage.sizes(self.path, [os.path.basename(file) for file in files])
-        for file, size in zip(files, sizes, strict=True):
-            if size is None:
+        found = storage.facts(self.path, [os.path.basename(file) for file in files])
+        for file, facts in zip(files, found, strict=True):
+            if facts is None:
                 raise FileNotFoundError(
                     f"{file} is missing; dataset_info.json lists {len(files)} file(s) "
                     f"in split {split!r}"
                 )
-        return tuple(size for size in sizes if size is not None)
-
-    def open_split(self, name: str) -> tuple[TFRecordFile, ...]:
-        """The split's files, each scanned and holding the number of records that it should.
-
-        Raises:
-          FileNotFoundError: a file is missing.
-          ValueError: there is no such split, or a file is truncated, corrupt or has another number
-            of records.
-        """
-        self.sizes(name)
-        split = self.split(name)
-        shards = []
-        for path, length in zip(split.files, split.shard_lengths, strict=True):
-            shard = TFRecordFile(path)
-            if len(shard) != length:
-                raise ValueError(
-                    f"{path} has {len(shard)} records; dataset_info.json says {length}"
-                )
-            shards.append(shard)
-        return tuple(shards)
-
-    def parse(self, shard: TFRecordFile, record: int) -> "Example":
-        """Reads and parses one record."""
-        where = shard.where(record)
-        try:
-            example = tf_example_pb2.Example.FromString(shard.read(record))
-        except DecodeError as error:
-            raise ValueError(f"{where}: not a tf.train.Example ({error})") from error
-        return Example(directory=self, where=where, lists=example.features.feature)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A parsed record: features by flat key, checked against features.json as they are asked for.
-
-    Attributes:
-      directory: where it comes from.
-      where: names the record in messages.
-      lists: the `tf.train.Example`'s features.
-    """
-
-    directory: Directory
-    where: str
-    lists: Mapping[str, Any]
-
-    def array(self, key: str) -> np.ndarray:
-        """A numeric feature: dtype[T, *shape] below "steps", dtype[*shape] elsewhere.
-
-        Raises:
-          ValueError: the feature is missing, is not numeric, or its size is no multiple of its
-            shape.
-        """
-        feature = self.directory.feature(key)
-        if feature.kind != "tensor" or feature.dtype not in FLOATS | INTEGERS:
-            raise ValueError(
-                f"{self.where}: feature {key!r} is {feature.kind} of {feature.dtype}, not a number"
-            )
-        kind = "float_list" if feature.dtype in FLOATS else "int64_list"
-        values = np.array(self._list(feature, kind), feature.dtype)
-        shape = [size for size in feature.shape if size is not None]
-        size = math.prod(shape)
-        if len(shape) < len(feature.shape) or values.size % max(size, 1):
-            raise ValueError(
-                f"{self.where}: feature {key!r} has {values.size} values; "
-                f"its shape is {feature.shape}"
-            )
-        if not feature.per_step and values.size != size:
-            raise ValueError(f"{self.where}: feature {key!r} has {values.size} values, not {size}")
-        return values.reshape([-1, *shape] if feature.per_step else shape)
-
-    def encoded(self, key: str) -> list[bytes]:
-        """The byte strings of an image or text feature: one a step, or one outside "steps"."""
-        feature = self.directory.feature(key)
-        if feature.kind not in ("image", "text") and feature.dtype not in ("string", "object"):
-            raise ValueError(
-                f"{self.where}: feature {key!r} is {feature.kind} of {feature.dtype}, "
-                f"neither image nor text"
-            )
-        return list(self._list(feature, "bytes_list"))
-
-    def text(self, key: str) -> list[str]:
-        """The strings of a text feature: one a step, or one outside "steps"."""
-        try:
-            return [value.decode("utf-8") for value in self.encoded(key)]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.where}: feature {key!r} is not UTF-8 ({error})") from error
-
-    def _list(self, feature: Feature, kind: str) -> Any:
-        """The feature's values as stored, or an error that lists what the record holds."""
-        # Asking a protobuf map for a missing key would add it.
-        if feature.key not in self.lists:
-            raise ValueError(
-                f"{self.where}: feature {feature.key!r} is missing; the record has: "
-                f"{', '.join(sorted(self.lists))}"
-            )
-        stored = self.lists[feature.key]
-        found = stored.WhichOneof("kind")
-        if found != kind:
-            raise ValueError(
-                f"{self.where}: feature {feature.key!r} is stored as {found}; "
-                f"features.json means {kind}"
-            )
-        return getattr(stored, kind).value
+        return tuple(facts for facts in found if facts is not None)
 
 
 def _file(path: Path | str, name: str) -> Path | str:
@@ -261,62 +152,124 @@ def _local_versions(path: Path | str) -> list[Path]:
     return list(path.glob(f"*/{INFO}")) if isinstance(path, Path) else []
 
 
-def _read_json(path: Path | str) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(storage.read_text(path))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; a TFDS version directory has one") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+@dataclass(frozen=True)
+class _Json:
+    """An object of a JSON file; its fields are checked as they are asked for, null is none.
+
+    Attributes:
+      where: names it in messages.
+      values: its fields.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path | str) -> "_Json":
+        """The object that a file holds."""
+        try:
+            value = json.loads(storage.read_text(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is missing; a TFDS version directory has one"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.of(value, str(path))
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> "_Json":
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {_short(value)}, not a JSON object")
+        return cls(where, value)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def field(self, name: str, kind: type[T], default: T | None = None) -> T:
+        """A field of one type; without a default it must be there."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.where} has no field {name!r}")
+        if not isinstance(value, kind):
+            raise ValueError(f"{self.where}: {name!r} is {_short(value)}, not a {kind.__name__}")
+        return value
+
+    def object(self, name: str) -> "_Json":
+        """A field that is an object."""
+        return _Json.of(self.field(name, dict), f"{self.where}, {name!r}")
+
+    def items(self, name: str) -> "Iterator[_Json]":
+        """The objects of a field that is a list of them."""
+        for number, value in enumerate(self.field(name, list)):
+            yield _Json.of(value, f"{self.where}, {name!r}, entry {number}")
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A field that is a list of whole numbers, written as strings; () where it is missing."""
+        values = self.field(name, list, [])
+        if not all(re.fullmatch(r"-?\d+", str(value)) for value in values):
+            raise ValueError(
+                f"{self.where}: {name!r} is {_short(values)}, not a list of whole numbers"
+            )
+        return tuple(int(value) for value in values)
 
 
-def _split(path: Path | str, dataset: str, entry: Mapping[str, Any]) -> Split:
-    """One entry of dataset_info.json's "splits"; its numbers are strings there."""
-    lengths = tuple(int(length) for length in entry.get("shardLengths", ()))
+def _short(value: Any) -> str:
+    """A JSON value in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _split(path: Path | str, dataset: str, entry: _Json) -> Split:
+    """One entry of dataset_info.json's "splits"."""
+    name, lengths = entry.field("name", str), entry.integers("shardLengths")
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"{entry.where}: 'shardLengths' are {lengths}; they must be at least 0")
     digits = max(5, len(str(len(lengths))))
-    template = entry.get("filepathTemplate") or DEFAULT_FILE_TEMPLATE
+    template = entry.field("filepathTemplate", str, "") or DEFAULT_FILE_TEMPLATE
 
     def file(shard: int) -> Path | str:
         index, count = f"{shard:0{digits}d}", f"{len(lengths):0{digits}d}"
-        fields = {"DATASET": dataset, "SPLIT": entry["name"], "FILEFORMAT": "tfrecord"}
+        fields = {"DATASET": dataset, "SPLIT": name, "FILEFORMAT": "tfrecord"}
         fields |= {"SHARD_INDEX": index, "NUM_SHARDS": count}
         fields["SHARD_X_OF_Y"] = f"{index}-of-{count}"
         try:
             return _file(path, template.format(**fields))
-        except KeyError as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise ValueError(
-                f"{_file(path, INFO)}: unknown field {error} in the file template {template!r}"
+                f"{entry.where}: unknown field {error} in the file template {template!r}"
             ) from error
 
     files = tuple(file(shard) for shard in range(len(lengths)))
-    return Split(name=entry["name"], files=files, shard_lengths=lengths)
+    return Split(name=name, files=files, shard_lengths=lengths)
 
 
-def _features(node: Mapping[str, Any], *, key: str, per_step: bool) -> Iterator[Feature]:
+def _features(node: _Json, *, key: str, per_step: bool) -> Iterator[Feature]:
     """Walks the tree of features.json."""
     if "featuresDict" in node:
-        for name, child in node["featuresDict"]["features"].items():
-            yield from _features(child, key=f"{key}/{name}" if key else name, per_step=per_step)
+        children = node.object("featuresDict").object("features")
+        for name in children.values:
+            below = f"{key}/{name}" if key else name
+            yield from _features(children.object(name), key=below, per_step=per_step)
     elif "sequence" in node and key == STEPS:
-        yield from _features(node["sequence"]["feature"], key=key, per_step=True)
+        steps = node.object("sequence").object("feature")
+        yield from _features(steps, key=key, per_step=True)
     elif "tensor" in node or "image" in node:
         kind = "tensor" if "tensor" in node else "image"
-        sizes = (int(size) for size in node[kind].get("shape", {}).get("dimensions", ()))
+        leaf = node.object(kind)
+        sizes = leaf.object("shape").integers("dimensions") if "shape" in leaf else ()
         # An encoded tensor (zlib, raw bytes) is one byte string, which `array` must not misread.
-        encoding = node[kind].get("encoding", "none")
+        encoding = leaf.field("encoding", str, "none")
         yield Feature(
             key=key,
             kind=kind if encoding == "none" else f"{kind} encoded by {encoding}",
             shape=tuple(size if size >= 0 else None for size in sizes),
-            dtype=node[kind].get("dtype", "uint8"),
+            dtype=leaf.field("dtype", str, "uint8"),
             per_step=per_step,
         )
     elif "text" in node:
         yield Feature(key=key, kind="text", per_step=per_step)
     else:
-        kind = node.get("pythonClassName", "unknown").rsplit(".", 1)[-1]
+        kind = node.field("pythonClassName", str, "unknown").rsplit(".", 1)[-1]
         yield Feature(key=key, kind=kind, dtype="unknown", per_step=per_step)

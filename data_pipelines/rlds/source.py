@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from data_pipelines import storage
+from data_pipelines.annotate.schema import BadEntries, checked_box
 from data_pipelines.frames import decode_image, encoded_size
 from data_pipelines.index.filters import bad_rows
 from data_pipelines.index.format import ENCODED, Camera, EpisodeEntry, SourceFile
@@ -47,7 +48,7 @@ class RldsSource:
       split: the split's name.
       spec: the dataset.
       cameras: those of the spec that features.json has.
-      files: the split's files with their sizes.
+      files: the split's files with their sizes and stamps.
       decode_frames: decode every frame.
       flag_bad_frames: flag rows whose frames do not decode, instead of refusing the first one.
     """
@@ -66,15 +67,17 @@ class RldsSource:
         path: str | os.PathLike[str],
         split: str,
         *,
+        name: str | None = None,
         definitions: Mapping[str, DatasetSpec] | None = None,
         decode_frames: bool = False,
         flag_bad_frames: bool = False,
     ) -> "RldsSource":
-        """Reads what a directory says about itself and the sizes of the split's files.
+        """Reads what a directory says about itself, and lists the split's files.
 
         Args:
           path: the version directory or its URL.
           split: such as "train".
+          name: of the dataset; None for what dataset_info.json says.
           definitions: datasets besides the registry's.
           decode_frames, flag_bad_frames: see the class.
 
@@ -84,7 +87,12 @@ class RldsSource:
             in features.json, or none of its cameras is.
         """
         directory = Directory.read(storage.absolute(path))
-        spec = spec_named(directory.name, definitions)
+        try:
+            spec = spec_named(name or directory.name, definitions)
+        except ValueError as error:
+            raise ValueError(
+                f"{directory.path}: {error} If it is one that is known, say which (--name)."
+            ) from error
         for key in required_keys(spec):
             directory.feature(f"{STEPS}/{key}")
         if spec.success:
@@ -95,21 +103,23 @@ class RldsSource:
         if not cameras:
             directory.feature(f"{STEPS}/{next(iter(spec.cameras.values()))}")
         names = [os.path.basename(file) for file in directory.split(split).files]
-        files = zip(names, directory.sizes(split), strict=True)
+        files = zip(names, directory.facts(split), strict=True)
         return cls(
             directory=directory,
             split=split,
             spec=spec,
             cameras=cameras,
-            files=tuple(SourceFile(path=name, size=size) for name, size in files),
+            files=tuple(
+                SourceFile(path=name, size=facts.size, stamp=facts.stamp) for name, facts in files
+            ),
             decode_frames=decode_frames,
             flag_bad_frames=flag_bad_frames,
         )
 
     @property
     def dataset(self) -> str:
-        """The dataset's name."""
-        return self.directory.name
+        """The dataset's name: that of its definition, whatever the directory calls it."""
+        return self.spec.name
 
     @property
     def version(self) -> str:
@@ -177,11 +187,8 @@ class RldsSource:
         if set(lengths.values()) != {steps}:
             raise ValueError(f"step features of different lengths: {lengths}")
         for camera, places in frames.items():
-            if camera not in cameras and steps:
-                height, width = encoded_size(
-                    _frame_bytes(record, places[0]), _where_frame(0, camera)
-                )
-                cameras[camera] = Camera(kind="encoded", height=height, width=width)
+            if camera not in cameras:
+                self._enter_size(record, camera, places, cameras)
         standard = standardize(self.spec, raw) if steps else self._nothing()
         annotations = self._annotations(lists, steps)
         return EpisodeEntry(
@@ -199,6 +206,24 @@ class RldsSource:
             frames=frames,
             stored_steps=steps,
         )
+
+    def _enter_size(
+        self, record: Record, camera: str, places: np.ndarray, cameras: dict[str, Camera]
+    ) -> None:
+        """Enters the size of a camera's first frame: of its first good one where some may be bad.
+
+        Those before it are flagged, as they do not decode either.
+        """
+        for step, place in enumerate(places):
+            try:
+                data = _frame_bytes(record, place)
+                height, width = encoded_size(data, _where_frame(step, camera))
+            except ValueError:
+                if not (self.decode_frames and self.flag_bad_frames):
+                    raise
+                continue
+            cameras[camera] = Camera(kind="encoded", height=height, width=width)
+            return
 
     def _nothing(self) -> Standardized:
         """An episode without steps."""
@@ -302,7 +327,11 @@ class RldsSource:
         return subtask, boxes, motion
 
     def _annotations(self, lists: Lists, steps: int) -> Sequence[Annotation | None]:
-        """One a stored step, None where a step has neither text nor box; () for none at all."""
+        """One a stored step, None where a step has neither text nor box; () for none at all.
+
+        Raises:
+          ValueError: a box is inverted, outside the image or not finite; names step and box.
+        """
         if self._reasoning is None:
             return ()
         subtask, boxes, motion = (
@@ -314,15 +343,19 @@ class RldsSource:
             raise ValueError(f"the episode has {steps} steps, its reasoning {lengths}")
         if not isinstance(boxes, np.ndarray) or boxes.ndim != 3 or boxes.shape[2] != 4:
             raise ValueError(f"feature {self._reasoning[1]!r} holds no boxes (n, 4) a step")
-        if np.isinf(boxes).any():
-            raise ValueError(f"feature {self._reasoning[1]!r} holds an infinite number")
-        visible = ~np.isnan(boxes).any(axis=2)
+        visible = ~np.isnan(boxes).all(axis=2)  # an absent box is a row of NaN
+        visible &= visible[:, :1]  # without its object, a destination would be taken for one
         found: list[Annotation | None] = []
         for step in range(steps):
             words = [str(texts[step], "utf-8") for texts in (subtask, motion)]
-            seen = tuple(map(tuple, boxes[step][visible[step]].tolist()))
+            seen = [
+                checked_box(boxes[step, at].tolist(), f"step {step}, box {at}", BadEntries())
+                for at in np.flatnonzero(visible[step])
+            ]
             empty = not (any(words) or seen)
-            found.append(None if empty else Annotation(words[0], seen, words[1]))
+            found.append(
+                None if empty else Annotation(words[0], tuple(filter(None, seen)), words[1])
+            )
         return found
 
 

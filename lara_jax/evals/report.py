@@ -105,6 +105,34 @@ def read_curves(
     return curves
 
 
+def read_scores(scores_csv: str | os.PathLike[str]) -> dict[str, list[Curve]]:
+    """Reads a file of scores: columns `step`, `stage`, `dataset`, `metric`, `value`.
+
+    Returns:
+      Each dataset's curves, in order of appearance; none where there is no file.
+    """
+    path = Path(scores_csv)
+    if not path.is_file():
+        return {}
+    points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["dataset"], row["stage"], row["metric"]
+            points.setdefault(key, []).append((float(row["step"]), float(row["value"])))
+    curves: dict[str, list[Curve]] = {}
+    for (dataset, stage, metric), found in points.items():
+        steps, values = np.array(found).T
+        curve = Curve(stage=stage, metric=metric, steps=steps, values=values)
+        curves.setdefault(dataset, []).append(curve)
+    return curves
+
+
+def sample_files(folder: Path) -> dict[int, Path]:
+    """The files of samples that evaluation has left in a folder, by step, ascending."""
+    files = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdigit()}
+    return dict(sorted(files.items()))
+
+
 def loss_table(curves: Sequence[Curve]) -> str:
     """First and last value of each curve.
 
@@ -144,7 +172,7 @@ def plot_losses(curves: Sequence[Curve], path: str | os.PathLike[str]) -> None:
                 continue
             colour = STAGE_COLOURS[stages.index(curve.stage) % len(STAGE_COLOURS)]
             panel.plot(curve.steps, curve.values, color=colour, alpha=0.3, linewidth=0.8)
-            panel.plot(curve.steps, _smooth(curve.values), color=colour, linewidth=1.8)
+            panel.plot(curve.steps, smooth(curve.values), color=colour, linewidth=1.8)
         panel.set_title(metric, fontsize=10, loc="left")
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
@@ -161,7 +189,7 @@ def plot_losses(curves: Sequence[Curve], path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Running mean over a twentieth of the curve to each side, shorter at the ends."""
     half = len(values) // 20
     total = np.concatenate([[0.0], np.cumsum(values)])

@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.sampling import parse_view
 from lara_jax.evals.report import format_table, save_gif
 from lara_jax.evals.tabletop import TabletopConfig, TabletopEnv, episode_seed
 
@@ -108,6 +109,7 @@ def rollout(
     seeds: Sequence[int],
     *,
     execute_steps: int,
+    views: Sequence[str] = (),
     record_episodes: int = 0,
 ) -> Rollouts:
     """Runs one episode per seed.
@@ -117,6 +119,8 @@ def rollout(
       envs: E environments whose `terminated` means solved; they run in lock-step.
       seeds: of the episodes.
       execute_steps: how many actions of each chunk are executed.
+      views: those the policy reads; for one such as "primary@-2" it is given the primary frame of
+        two steps earlier, None before the episode.
       record_episodes: of so many first episodes the frames are kept.
 
     Returns:
@@ -135,7 +139,7 @@ def rollout(
     with tqdm(total=len(seeds), desc="rollouts", unit="episode") as progress:
         for start in range(0, len(seeds), len(envs)):
             runs = [
-                _Run(env, seed, record=start + offset < record_episodes)
+                _Run(env, seed, views=views, record=start + offset < record_episodes)
                 for offset, (env, seed) in enumerate(
                     zip(envs, seeds[start : start + len(envs)], strict=False)
                 )
@@ -156,21 +160,27 @@ def rollout(
 class _Run:
     """One episode under way in one environment."""
 
-    def __init__(self, env: gymnasium.Env[Any, np.ndarray], seed: int, *, record: bool) -> None:
+    def __init__(
+        self, env: gymnasium.Env[Any, np.ndarray], seed: int, *, views: Sequence[str], record: bool
+    ) -> None:
         self._env = env
+        earlier = {view: parse_view(view) for view in views}
+        self._earlier = {view: (key, steps) for view, (key, steps) in earlier.items() if steps}
+        self._seen: list[Any] = []
         self._seed = seed
         self._record = record
         self._steps = 0
         self._success = False
         self.over = False
-        self.observation, _ = env.reset(seed=seed)
+        self._observe(env.reset(seed=seed)[0])
         self._frames: list[np.ndarray] = []
         self._keep_frame()
 
     def execute(self, actions: np.ndarray) -> bool:
         """Executes actions until they or the episode end; True if the episode ended just now."""
         for action in () if self.over else actions:
-            self.observation, _, self._success, truncated, _ = self._env.step(action)
+            observation, _, self._success, truncated, _ = self._env.step(action)
+            self._observe(observation)
             self._steps += 1
             self._keep_frame()
             if self._success or truncated:
@@ -187,6 +197,16 @@ class _Run:
             steps=self._steps,
             frames=tuple(self._frames),
         )
+
+    def _observe(self, observation: Any) -> None:
+        """Takes in what the environment shows, and adds the frames of earlier steps."""
+        longest = max((steps for _, steps in self._earlier.values()), default=0)
+        self._seen = [*self._seen[-longest:], observation] if longest else []
+        history = {
+            view: self._seen[-1 - steps][key] if steps < len(self._seen) else None
+            for view, (key, steps) in self._earlier.items()
+        }
+        self.observation = {**observation, **history}
 
     def _keep_frame(self) -> None:
         if self._record:
@@ -231,13 +251,16 @@ def main(argv: Sequence[str]) -> int:
     # Imported here because only the command line knows about models.
     from lara_jax.inference.policy import Policy
 
-    policy = Policy.from_workdir(arguments.workdir, latent_slots=arguments.latent_slots)
+    policy = Policy.from_workdir(
+        arguments.workdir, latent_slots=arguments.latent_slots, dataset=arguments.dataset
+    )
     parallel = min(arguments.parallel, arguments.episodes)
     result = rollout(
         policy,
         [suite.make_env(arguments.image_size) for _ in range(parallel)],
         [episode_seed(arguments.seed, "eval", index) for index in range(arguments.episodes)],
         execute_steps=arguments.execute_steps,
+        views=policy.views,
         record_episodes=arguments.gif_episodes if arguments.gif else 0,
     )
     low, high = result.interval
@@ -273,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="tabletop", help=f"one of: {', '.join(SUITES)}")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--latent-slots", type=int, help="K (default: as trained)")
+    parser.add_argument("--dataset", help="whose statistics to act with, after a mixture")
     parser.add_argument("--seed", type=int, default=0, help="chooses the episodes")
     parser.add_argument(
         "--execute-steps", type=int, default=4, help="actions executed of each chunk"

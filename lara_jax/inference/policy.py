@@ -26,13 +26,13 @@ from data_pipelines.statistics import normalizers
 from lara_jax import assemble
 from lara_jax.augment import evaluation_crop
 from lara_jax.batch import Batch
-from lara_jax.checkpoint import RunInfo, load_info, load_params
+from lara_jax.checkpoint import RunInfo, load_average, load_info, load_params
 from lara_jax.config import AugmentConfig
 from lara_jax.data import statistics_from_dict
 from lara_jax.image_processing import ImageConfig
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
-from lara_jax.train_step import model_inputs
+from lara_jax.train_step import acting_params, model_inputs
 from lara_jax.transforms import Normalizer, pad_state
 
 Observation = Mapping[str, Any]
@@ -97,8 +97,13 @@ class Policy:
         latent_slots: int | None = None,
         dataset: str | None = None,
     ) -> "Policy":
-        """The policy of a run's checkpoint, the newest unless `step` is given."""
-        info, params = load_info(workdir, step), load_params(workdir, step)
+        """The policy of a run's checkpoint, the newest unless `step` is given.
+
+        It acts with the moving average of the parameters where the run keeps one, and with
+        low-rank factors merged in.
+        """
+        info, average = load_info(workdir, step), load_average(workdir, step)
+        params = acting_params(load_params(workdir, step), average, info.recipe)
         return cls(info, params, latent_slots=latent_slots, dataset=dataset)
 
     @property
@@ -110,8 +115,9 @@ class Policy:
         """Acts on several observations at once; compiles anew when their number changes.
 
         Args:
-          observations: each with a uint8[H, W, 3] frame under every name of `views`, `state`
-            float[J] in the data's units, and `instruction`.
+          observations: each with a uint8[H, W, 3] frame under every name of `views`, or None where
+            there is none (a camera that is missing, a step before the episode); `state` float[J] in
+            the data's units; and `instruction`.
 
         Returns:
           float32[E, C, A], un-normalised: metres, radians, gripper 1 = open.
@@ -131,39 +137,48 @@ class Policy:
 
     def _batch(self, observations: Sequence[Observation]) -> Batch:
         model = self._recipe.model
-        frames = np.stack([self._frames(o) for o in observations])
+        frames, view_mask = map(np.stack, zip(*map(self._frames, observations), strict=True))
         rows = len(observations)
         prompt = self._prompt(frames.shape[2:4])
         text = [prompt(str(o["instruction"]), None) for o in observations]
         states = [self._state.normalize(self._checked_state(o)) for o in observations]
         return Batch(
             images=frames,
-            view_mask=np.ones(frames.shape[:2], bool),
+            view_mask=view_mask,
             next_images=frames,
             next_mask=np.zeros(frames.shape[:2], bool),
             state=np.stack([pad_state(s, model.state_dim) for s in states]),
             actions=np.zeros((rows, model.action_horizon, model.action_dim), np.float32),
             action_mask=np.zeros((rows, model.action_horizon, model.action_dim), bool),
+            annotated=np.zeros(rows, bool),
             dataset=np.zeros(rows, np.int32),
             sample_id=np.arange(rows, dtype=np.int32),
             **{name: np.stack([t[name] for t in text]) for name in text[0]},
         )
 
-    def _frames(self, observation: Observation) -> np.ndarray:
-        """uint8[V, H, W, 3]."""
+    def _frames(self, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+        """uint8[V, H, W, 3], and bool[V], False at views that are not there: black, as trained."""
         missing = [view for view in self.views if view not in observation]
         if missing:
             raise ValueError(
                 f"the observation lacks the views {missing}; the policy reads {list(self.views)}"
             )
-        frames = [np.asarray(observation[view]) for view in self.views]
-        for view, frame in zip(self.views, frames, strict=True):
+        given = [observation[view] for view in self.views]
+        present = np.array([frame is not None for frame in given])
+        if not present.any():
+            raise ValueError(f"the observation has no frame in any of {list(self.views)}")
+        frames = [np.asarray(frame) for frame in given if frame is not None]
+        for view, frame in zip(np.array(self.views)[present], frames, strict=True):
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
                 raise ValueError(
                     f"view {view!r} must be uint8[H, W, 3], got {frame.dtype}{list(frame.shape)}"
                 )
         size = self._recipe.data.frame_px
-        return np.stack([resize(frame, (size[0], size[1])) for frame in frames] if size else frames)
+        if size:
+            frames = [resize(frame, (size[0], size[1])) for frame in frames]
+        images = np.zeros((len(given), *frames[0].shape), np.uint8)
+        images[present] = np.stack(frames)
+        return images, present
 
     def _checked_state(self, observation: Observation) -> np.ndarray:
         state = np.asarray(observation["state"], np.float32)

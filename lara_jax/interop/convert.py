@@ -33,7 +33,7 @@ from lara_jax.assemble import (
     tokenizer_from_text,
     tokenizer_to_text,
 )
-from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, load_params
+from lara_jax.checkpoint import CheckpointStore, RunInfo, load_average, load_info, load_params
 from lara_jax.config import load_recipe, split_overrides
 from lara_jax.interop.hf_config import VisionTokens, hf_config
 from lara_jax.interop.hf_keys import HF, LAYOUTS, Layout
@@ -47,7 +47,7 @@ from lara_jax.interop.weights import (
 from lara_jax.models.action_expert import ActionExpert
 from lara_jax.models.lara_vla import LaraVLA, LaraVLAConfig
 from lara_jax.tokenizers.qwen import Tokenizer
-from lara_jax.train_step import init_params
+from lara_jax.train_step import acting_params, init_params
 
 NAMES = ("hf", "reference")
 EXPORT_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -115,7 +115,8 @@ def export_main(argv: Sequence[str]) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists already")
     info = load_info(args.workdir, args.step)
-    params = load_params(args.workdir, args.step)
+    average = load_average(args.workdir, args.step)
+    params = acting_params(load_params(args.workdir, args.step), average, info.recipe)
     parts = layout.select(params)
     left_out = sorted(params.keys() - parts.keys())
     state = export_params(parts, layout, dtype=dtype)

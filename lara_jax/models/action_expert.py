@@ -38,9 +38,8 @@ BETA_A = 1.5
 class ActionExpertConfig:
     """Sizes of the action expert.
 
-    `attend_padding`: cross-attend to pads too, as released checkpoints were trained. `hidden` is
-    the width of the state encoder's and action decoder's hidden layers and of the transformer's
-    output.
+    `hidden` is the width of the state encoder's and action decoder's hidden layers and of the
+    transformer's output.
     """
 
     width: int
@@ -58,7 +57,6 @@ class ActionExpertConfig:
     euler_steps: int = 4
     noise_draws: int = 4
     dropout: float = 0.2
-    attend_padding: bool = False
 
     def __post_init__(self) -> None:
         if self.action_horizon > self.max_positions:
@@ -205,7 +203,7 @@ class ExpertBlock(nn.Module):
         x: jax.Array,
         time: jax.Array,
         context: jax.Array | None,
-        context_mask: jax.Array | None,
+        context_mask: jax.Array,
         *,
         train: bool,
     ) -> jax.Array:
@@ -227,9 +225,8 @@ class ExpertBlock(nn.Module):
             h = attend(h, h, None)
         else:
             h = h.reshape(B, R * Q, E)
-            if context_mask is not None:
-                S = context_mask.shape[-1]
-                context_mask = jnp.broadcast_to(context_mask[:, None], (B, R * Q, S))
+            S = context_mask.shape[-1]
+            context_mask = jnp.broadcast_to(context_mask[:, None], (B, R * Q, S))
             h = attend(h, context, context_mask)
         # The reference drops the attention output twice in a row: kept with probability (1 - p)^2.
         rate = 1 - (1 - cfg.dropout) ** 2
@@ -246,7 +243,7 @@ class BlockPair(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, time: jax.Array, context: jax.Array, context_mask: jax.Array | None
+        self, x: jax.Array, time: jax.Array, context: jax.Array, context_mask: jax.Array
     ) -> tuple[jax.Array, None]:
         x = constrain(x, "batch", None, "length", "expert_embed")
         block = ExpertBlock(self.config, self.dtype, name="cross")
@@ -268,7 +265,7 @@ class ActionExpert(nn.Module):
         bucket: jax.Array,
         state: jax.Array,
         context: jax.Array,
-        context_valid: jax.Array,
+        context_mask: jax.Array,
         *,
         train: bool = False,
     ) -> jax.Array:
@@ -279,7 +276,7 @@ class ActionExpert(nn.Module):
           bucket: int32[B, R], 1000 t cut off after the point, -1..1000.
           state: float32[B, J].
           context: float[B, S, D], the backbone's hidden states.
-          context_valid: bool[B, S], False at pads; ignored with `attend_padding`.
+          context_mask: bool[B, S], True where it may be attended to.
           train: whether dropout is on (needs the `dropout` rng).
 
         Returns:
@@ -311,12 +308,13 @@ class ActionExpert(nn.Module):
         )
         time = TimeEncoder(E, dtype, name="time_encoder")(bucket)
         context = context.astype(dtype)
-        mask = None if cfg.attend_padding else context_valid
 
         pairs = stack(BlockPair, cfg.layers // 2, in_axes=nn.broadcast)
-        x, _ = pairs(cfg, dtype, train, name="blocks")(x, time, context, mask)
+        x, _ = pairs(cfg, dtype, train, name="blocks")(x, time, context, context_mask)
         if cfg.layers % 2:
-            x = ExpertBlock(cfg, dtype, name="last_cross")(x, time, context, mask, train=train)
+            x = ExpertBlock(cfg, dtype, name="last_cross")(
+                x, time, context, context_mask, train=train
+            )
 
         shift_scale = dense(
             2 * E, ("expert_embed", "expert_mlp"), use_bias=True, dtype=dtype, name="proj_out_1"
@@ -335,7 +333,7 @@ class ActionExpert(nn.Module):
         return out.astype(jnp.float32)
 
     def sample(
-        self, noise: jax.Array, state: jax.Array, context: jax.Array, context_valid: jax.Array
+        self, noise: jax.Array, state: jax.Array, context: jax.Array, context_mask: jax.Array
     ) -> jax.Array:
         """Integrates the flow from `noise` with `euler_steps` Euler steps.
 
@@ -343,7 +341,7 @@ class ActionExpert(nn.Module):
           noise: float32[B, C, A], a draw from N(0, I).
           state: float32[B, J].
           context: float[B, S, D].
-          context_valid: bool[B, S].
+          context_mask: bool[B, S].
 
         Returns:
           float32[B, C, A], normalised actions.
@@ -352,5 +350,5 @@ class ActionExpert(nn.Module):
         x = noise[:, None]
         for step in range(cfg.euler_steps):
             bucket = jnp.full(x.shape[:2], int(step / cfg.euler_steps * cfg.time_buckets))
-            x = x + self(x, bucket, state, context, context_valid) / cfg.euler_steps
+            x = x + self(x, bucket, state, context, context_mask) / cfg.euler_steps
         return x[:, 0]

@@ -53,9 +53,11 @@ class LaraVLAConfig:
         norms.
       latent_mode: "append": slot k feeds slot k+1 (the paper).
       image_id, img_next_id: token ids of an image token and of <img_next>.
+      action_ids: first discrete action token's id, and one past the last; (0, 0) for none.
+      attend_padding: the action expert sees pads too, as released checkpoints were trained.
       img_next_tokens: how many <img_next> tokens a row holds.
       dtype: compute dtype; parameters, norms, softmax, positions and losses are float32.
-      remat: what the backward pass recomputes: "none", "dots" or "full".
+      remat: what the backward pass recomputes, one of `lara_jax.models.layers.REMAT_POLICIES`.
       attention: implementation, see `lara_jax.models.attention`.
     """
 
@@ -64,10 +66,12 @@ class LaraVLAConfig:
     expert: ActionExpertConfig
     image_id: int
     img_next_id: int
+    action_ids: tuple[int, int] = (0, 0)
     latent_slots: int = 3
     position_mode: str = "mrope"
     latent_source: str = "pre_norm"
     latent_mode: str = "append"
+    attend_padding: bool = False
     img_next_tokens: int = 16
     dtype: str = "bfloat16"
     remat: str = "full"
@@ -117,12 +121,15 @@ class Thoughts:
     Attributes:
       hidden: float[B, T, D], hidden states of `latent_source` at every position (meaningless at
         pads).
+      context: bool[B, T], what the action expert sees: no pads, unless asked for, and never a
+        discrete action token or what comes after one, which is the answer.
       valid: bool[B, T], False at pads.
       img_next: bool[B, T], True at the <img_next> tokens.
       logits: float32[B, S, vocabulary]; logits[:, i] predicts suffix_ids[:, i].
     """
 
     hidden: jax.Array
+    context: jax.Array
     valid: jax.Array
     img_next: jax.Array
     logits: jax.Array
@@ -161,6 +168,7 @@ class LaraVLA(nn.Module):
         predicting = hidden[:, P + K - 1 : -1]
         return Thoughts(
             hidden=self._source(hidden),
+            context=self._context(inputs, layout.valid),
             valid=layout.valid,
             img_next=layout.img_next,
             logits=self.text.logits(predicting),
@@ -177,12 +185,12 @@ class LaraVLA(nn.Module):
     ) -> jax.Array:
         """The expert's flow velocity; see `ActionExpert.__call__` for shapes."""
         return self.action_expert(
-            noisy, bucket, state, thoughts.hidden, thoughts.valid, train=train
+            noisy, bucket, state, thoughts.hidden, thoughts.context, train=train
         )
 
     def act(self, thoughts: Thoughts, state: jax.Array, noise: jax.Array) -> jax.Array:
         """Samples a normalised action chunk float32[B, C, A] from `noise` of that shape."""
-        return self.action_expert.sample(noise, state, thoughts.hidden, thoughts.valid)
+        return self.action_expert.sample(noise, state, thoughts.hidden, thoughts.context)
 
     def encode_images(self, patches: jax.Array, grid: tuple[int, int]) -> VisionFeatures:
         """Vision features of float[I, P_img, patch_values]."""
@@ -198,6 +206,15 @@ class LaraVLA(nn.Module):
         B = inputs.prefix_ids.shape[0]
         noise = jnp.zeros((B, cfg.action_horizon, cfg.action_dim))
         self.act(self(inputs, grid), jnp.zeros((B, cfg.state_dim)), noise)
+
+    def _context(self, inputs: Inputs, valid: jax.Array) -> jax.Array:
+        """bool[B, T]: the positions that the action expert may attend to."""
+        first, end = self.config.action_ids
+        is_action = (inputs.suffix_ids >= first) & (inputs.suffix_ids < end)
+        answer = jnp.cumsum(is_action, axis=1) > 0
+        before = jnp.zeros_like(valid[:, : -answer.shape[1]])
+        answer = jnp.concatenate([before, answer], axis=1)
+        return ~answer if self.config.attend_padding else valid & ~answer
 
     def _layout(self, inputs: Inputs, grid: tuple[int, int]) -> "_Layout":
         """Where every kind of token stands, over the whole sequence."""

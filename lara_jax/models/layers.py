@@ -20,10 +20,15 @@ Names = tuple[str | None, ...]
 KERNEL_INIT = nn.initializers.lecun_normal()
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+HOST_MEMORY = "pinned_host"
+
+# What the backward pass finds again: everything, nothing, the products with a parameter, or these
+# from the host's memory, where they wait meanwhile.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
 }
 
 
@@ -90,7 +95,8 @@ def remat(target: Any, policy: str) -> Any:
     pass.
 
     Raises:
-      ValueError: `policy` is not one of `REMAT_POLICIES`.
+      ValueError: `policy` is not one of `REMAT_POLICIES`, or "offload" on a device that does not
+        reach the host's memory.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(
@@ -98,6 +104,13 @@ def remat(target: Any, policy: str) -> Any:
         )
     if policy == "none":
         return target
+    device = jax.local_devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if policy == "offload" and HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"remat policy 'offload' needs memory of kind {HOST_MEMORY!r}; {device.device_kind} "
+            f"devices have {', '.join(kinds)}"
+        )
     return nn.remat(target, prevent_cse=False, policy=REMAT_POLICIES[policy])
 
 

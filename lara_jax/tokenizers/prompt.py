@@ -171,6 +171,8 @@ class PromptBuilder:
       slots_per_component: latent slots of each listed component; one with 0 vanishes when it turns
         latent.
       img_next_tokens: number of `<img_next>` tokens.
+      spoken_stage: in rows that are `spoken`, what this stage has latent beyond that one is written
+        as well, after the slots; 0 for the stage before, `reasoning_stage` - 1.
     """
 
     tokenizer: Tokenizer
@@ -184,9 +186,14 @@ class PromptBuilder:
         default_factory=lambda: dict.fromkeys(COMPONENTS, 1)
     )
     img_next_tokens: int = 16
+    spoken_stage: int = 0
 
     def __post_init__(self) -> None:
         _check_stage(self.reasoning_stage)
+        if not 0 <= self.spoken_stage <= self.reasoning_stage:
+            raise ValueError(
+                f"spoken_stage is {self.spoken_stage}; allowed 0..{self.reasoning_stage}"
+            )
         _check_order(self.component_order)
         counts = dict(self.slots_per_component)
         if set(counts) != set(self.component_order):
@@ -214,6 +221,8 @@ class PromptBuilder:
         instruction: str,
         annotation: Annotation | None = None,
         action_ids: Sequence[int] | np.ndarray = (),
+        *,
+        spoken: bool = False,
     ) -> dict[str, np.ndarray]:
         """The padded segments, by the names of `lara_jax.batch.Batch`.
 
@@ -221,6 +230,7 @@ class PromptBuilder:
           instruction: the task in words.
           annotation: the step's reasoning; None where there is none, and when acting.
           action_ids: discrete action tokens (of `Tokenizer.action_ids`), put after " Action: ".
+          spoken: also write what is newly latent, see `spoken_stage`.
 
         Returns:
           prefix_ids int32[P], prefix_mask bool[P] (True at real tokens), suffix_ids int32[S],
@@ -229,7 +239,7 @@ class PromptBuilder:
         Raises:
           ValueError: a segment is longer than P or S; nothing is ever cut off.
         """
-        prefix, suffix = self.segments(instruction, annotation, action_ids)
+        prefix, suffix = self.segments(instruction, annotation, action_ids, spoken=spoken)
         lengths = (("prefix", prefix, self.prefix_tokens), ("suffix", suffix, self.suffix_tokens))
         for name, ids, allowed in lengths:
             if len(ids) > allowed:
@@ -256,6 +266,8 @@ class PromptBuilder:
         instruction: str,
         annotation: Annotation | None = None,
         action_ids: Sequence[int] | np.ndarray = (),
+        *,
+        spoken: bool = False,
     ) -> tuple[list[int], list[int]]:
         """Ids of prefix and suffix without padding: how long P and S must be. Called as above."""
         tokenizer, annotation = self.tokenizer, annotation or Annotation()
@@ -269,7 +281,8 @@ class PromptBuilder:
             suffix += [tokenizer.end_of_thinking_id]
         else:
             prefix += tokenizer.encode_text(text)
-        text = "".join(f" {part}" for part in map(annotation.explicit, explicit) if part)
+        written = self._components(latent=False, spoken=spoken)
+        text = "".join(f" {part}" for part in map(annotation.explicit, written) if part)
         if self.img_next_tokens:
             suffix += tokenizer.encode_text(text + " ")
             suffix += [tokenizer.img_next_id] * self.img_next_tokens
@@ -293,14 +306,16 @@ class PromptBuilder:
     def _closing(self) -> list[int]:
         return [self.tokenizer.im_end_id, *self.tokenizer.encode_text("\n")]
 
-    def _components(self, *, latent: bool) -> list[str]:
-        """The components that are latent (or else explicit) in this stage, in text order."""
+    def _components(self, *, latent: bool, spoken: bool = False) -> list[str]:
+        """The components that are latent (or else explicit) in this stage, in text order; with
+        `spoken`, those that are newly latent count as explicit."""
         if self.reasoning_stage == 0:
             return []
+        last = self.reasoning_stage
+        if spoken:
+            last = self.spoken_stage or last - 1
         return [
-            name
-            for name in self.component_order
-            if (LATENT_FROM_STAGE[name] <= self.reasoning_stage) == latent
+            name for name in self.component_order if (LATENT_FROM_STAGE[name] <= last) == latent
         ]
 
 

@@ -103,10 +103,18 @@ class Tokenizer:
             actions.append(vocabulary[action_token(len(actions))])
         self.action_ids = np.array(actions, np.int32)
         self.action_ids.setflags(write=False)
+        if actions and actions != list(range(actions[0], actions[-1] + 1)):
+            raise ValueError(f"the {len(actions)} action tokens' ids are not consecutive")
         self.vocab_size = max(vocabulary.values()) + 1
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
         return Tokenizer, (self._backend,)
+
+    @property
+    def action_range(self) -> tuple[int, int]:
+        """The first action token's id, and one past the last; (0, 0) without action tokens."""
+        ids = self.action_ids
+        return (int(ids[0]), int(ids[-1]) + 1) if len(ids) else (0, 0)
 
     @property
     def thought_seed_id(self) -> int:

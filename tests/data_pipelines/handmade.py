@@ -153,7 +153,8 @@ def tabletop_record(
     pixels = random.integers(0, 256, (steps, *size, 3), np.uint8)
     actions = random.normal(size=(steps, 7)).astype(np.float32)
     actions[:, 6] = random.integers(0, 2, steps)
-    boxes = random.uniform(size=(steps, 2, 4)).astype(np.float32)
+    corners = random.uniform(size=(steps, 2, 2, 2)).astype(np.float32)
+    boxes = np.sort(corners, axis=2).reshape(steps, 2, 4)
     return {
         "steps/observation/image": [encode(picture, encoding) for picture in pixels],
         "steps/observation/state": random.normal(size=(steps, 8)).astype(np.float32),

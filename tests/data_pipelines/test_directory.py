@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipelines.rlds.directory import Directory, Example
+from data_pipelines.rlds.directory import Directory
 from tests.data_pipelines.handmade import (
     TABLETOP_FEATURES,
     frame,
@@ -17,6 +17,7 @@ from tests.data_pipelines.handmade import (
     write_directory,
     write_tabletop,
 )
+from tests.data_pipelines.protobuf_reader import Example, open_split, parse
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 def first(path: Path) -> Example:
     directory = Directory.read(path)
-    return directory.parse(directory.open_split("train")[0], 0)
+    return parse(directory, open_split(directory, "train")[0], 0)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -35,7 +36,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def test_the_handmade_directory_is_what_tfds_writes(path: Path) -> None:
     builder = tfds.builder_from_directory(str(path))
-    shards = Directory.read(path).open_split("train")
+    shards = open_split(Directory.read(path), "train")
     assert builder.info.splits["train"].shard_lengths == [len(shard) for shard in shards] == [2, 1]
     assert [Path(f) for f in builder.info.splits["train"].filepaths] == [s.path for s in shards]
     episode = builder.info.features.deserialize_example_np(shards[0].read(1))
@@ -61,9 +62,9 @@ def test_equals_tfds_on_real_data(shared_dir: Path) -> None:
     directory = Directory.read(shared_dir / "data/bridge_dataset/1.0.0")
     assert (directory.name, directory.version) == ("bridge_dataset", "1.0.0")
     features = tfds.builder_from_directory(str(directory.path)).info.features
-    (shard,) = directory.open_split("val")
+    (shard,) = open_split(directory, "val")
     for record in range(len(shard)):
-        example = directory.parse(shard, record)
+        example = parse(directory, shard, record)
         steps = list(features.deserialize_example_np(shard.read(record))["steps"])
         for key in ("action", "observation/state", "is_last", "reward"):
             names = key.split("/")
@@ -97,13 +98,13 @@ def test_malformed_metadata(path: Path) -> None:
 def test_a_wrong_split_lists_the_splits(shared_dir: Path) -> None:
     directory = Directory.read(shared_dir / "data/bridge_dataset/1.0.0")
     with pytest.raises(ValueError, match=r"no split 'test'; it has: train, val"):
-        directory.open_split("test")
+        open_split(directory, "test")
 
 
 def test_a_missing_shard(path: Path) -> None:
     (path / "lara_tabletop-train.tfrecord-00001-of-00002").unlink()
     with pytest.raises(FileNotFoundError, match=r"00001-of-00002 is missing.*2 file\(s\).*'train'"):
-        Directory.read(path).open_split("train")
+        open_split(Directory.read(path), "train")
 
 
 def test_a_shard_with_another_number_of_records(path: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_shard_with_another_number_of_records(path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"00001-of-00002 has 1 records; dataset_info\.json says 7"
     ):
-        Directory.read(path).open_split("train")
+        open_split(Directory.read(path), "train")
 
 
 def test_other_file_templates(path: Path) -> None:
@@ -123,7 +124,7 @@ def test_other_file_templates(path: Path) -> None:
     for number in range(2):
         old = path / f"lara_tabletop-train.tfrecord-0000{number}-of-00002"
         old.rename(path / f"train-0000{number}-00002.tfrecord")
-    assert [len(shard) for shard in Directory.read(path).open_split("train")] == [2, 1]
+    assert [len(shard) for shard in open_split(Directory.read(path), "train")] == [2, 1]
     info["splits"][0]["filepathTemplate"] = "{SPLITT}"
     edit_json(path / "dataset_info.json", splits=info["splits"])
     with pytest.raises(ValueError, match="unknown field 'SPLITT'"):
@@ -140,7 +141,7 @@ def test_a_feature_missing_from_a_record_names_the_record(tmp_path: Path) -> Non
     del record["steps/action"]
     path = write_tabletop(tmp_path, [tabletop_record(0, 4), record])
     directory = Directory.read(path)
-    example = directory.parse(directory.open_split("train")[0], 1)
+    example = parse(directory, open_split(directory, "train")[0], 1)
     with pytest.raises(
         ValueError, match=r"00000-of-00001, record 1: feature 'steps/action' is missing.*steps/is_"
     ):
@@ -171,7 +172,7 @@ def test_a_record_that_is_no_example_is_named(path: Path) -> None:
     shard.write_bytes(frame(b"not a protocol buffer"))
     directory = Directory.read(path)
     with pytest.raises(ValueError, match=r"00001-of-00002, record 0: not a tf\.train\.Example"):
-        directory.parse(directory.open_split("train")[1], 0)
+        parse(directory, open_split(directory, "train")[1], 0)
 
 
 def test_a_compressed_tensor_is_refused(tmp_path: Path) -> None:
@@ -182,3 +183,43 @@ def test_a_compressed_tensor_is_refused(tmp_path: Path) -> None:
     path = write_directory(tmp_path / "1.0.0", "lara_tabletop", features, {"train": shards})
     with pytest.raises(ValueError, match="'steps/action' is tensor encoded by zlib"):
         first(path).array("steps/action")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("dataset_info.json", "[]", r"dataset_info\.json is \[\], not a JSON object"),
+        ("dataset_info.json", '{"name": "x"}', r"dataset_info\.json has no field 'splits'"),
+        ("dataset_info.json", '{"name": 3, "splits": []}', r"'name' is 3, not a str"),
+        ("dataset_info.json", '{"name": "x", "splits": 3}', r"'splits' is 3, not a list"),
+        ("dataset_info.json", '{"name": "x", "splits": [3]}', r"'splits', entry 0 is 3, not a J"),
+        (
+            "dataset_info.json",
+            '{"name": "x", "splits": [{"shardLengths": ["1"]}]}',
+            r"dataset_info\.json, 'splits', entry 0 has no field 'name'",
+        ),
+        (
+            "dataset_info.json",
+            '{"name": "x", "splits": [{"name": "train", "shardLengths": ["x"]}]}',
+            r"dataset_info\.json, .*'shardLengths' is \[\"x\"\], not a list of whole numbers",
+        ),
+        ("features.json", "3", r"features\.json is 3, not a JSON object"),
+        (
+            "features.json",
+            '{"featuresDict": 3}',
+            r"features\.json: 'featuresDict' is 3, not a dict",
+        ),
+        (
+            "features.json",
+            '{"featuresDict": {"features": {"a": {"tensor": {"shape": {"dimensions": [null]}}}}}}',
+            r"'shape': 'dimensions' is \[null\], not a list of whole numbers",
+        ),
+    ],
+)
+def test_a_description_of_another_shape_is_named(
+    tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    path = write_tabletop(tmp_path)
+    (path / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Directory.read(path)

@@ -59,23 +59,40 @@ def test_every_frame_by_its_running_number(tmp_path: Path) -> None:
             frame += 1
 
 
+def pairs(
+    reader: FrameReader, frames: list[int], later: list[int]
+) -> tuple[list[np.ndarray], list[np.ndarray], list[bool]]:
+    outs, later_outs = ([np.full((16, 24, 3), 7, np.uint8) for _ in frames] for _ in range(2))
+    differs = reader.read_pairs("image", np.array(frames), np.array(later), outs, later_outs)
+    return outs, later_outs, differs.tolist()
+
+
 def test_a_pair_differs_if_its_bytes_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Steps 0 and 1 show the same.
     index = make_index(tmp_path, picture=lambda c, e, t, size: jpeg(e, max(t, 1), size=size))
     reader = FrameReader(index)
-    image, later, differs = reader.pair("image", 1, 2)
-    assert differs
-    np.testing.assert_array_equal(image, reader.image("image", 1))
-    np.testing.assert_array_equal(later, reader.image("image", 2))
-    reads: list[int] = []
-    read = FrameReader.image
+    reads: list[list[int]] = []
+    read = FrameReader.read
     monkeypatch.setattr(
-        FrameReader, "image", lambda self, c, f: reads.append(f) or read(self, c, f)
+        FrameReader, "read", lambda self, c, f, outs: reads.append(f) or read(self, c, f, outs)
     )
-    for frame, same in ((0, 1), (3, 3)):
-        image, later, differs = reader.pair("image", frame, same)
-        assert later is image and not differs
-    assert reads == [0, 3]
+    frames, later = [1, 0, 3, 5], [2, 1, 3, 6]
+    outs, later_outs, differs = pairs(reader, frames, later)
+    assert differs == [True, False, False, True]
+    assert reads == [frames, [2, 6]]
+    for found, expected in ((outs, frames), (later_outs, later)):
+        for pixels, frame in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(pixels, reader.image("image", frame))
+
+
+def test_frames_are_read_to_where_they_are_wanted(tmp_path: Path) -> None:
+    index = make_index(tmp_path)
+    batch = np.full((3, 2, 16, 24, 3), 7, np.uint8)
+    FrameReader(index).read("image", [4, 0], [batch[2, 1], batch[0, 0]])
+    np.testing.assert_array_equal(batch[2, 1], FrameReader(index).image("image", 4))
+    np.testing.assert_array_equal(batch[0, 0], FrameReader(index).image("image", 0))
+    for place in ((0, 1), (1, 0), (1, 1), (2, 0)):
+        assert (batch[place] == 7).all()
 
 
 @pytest.mark.parametrize("size", [(16, 24), (12, 12), (40, 40), (128, 256), (100, 300)])
@@ -93,11 +110,13 @@ def test_frames_are_brought_to_a_size(tmp_path: Path, size: tuple[int, int]) -> 
     assert np.abs(image.astype(int) - exact).mean() < 2
 
 
-def test_a_frame_of_another_size_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(16, 32), (32, 48), (8, 12), (24, 16)])
+def test_a_frame_of_another_size_is_named(tmp_path: Path, size: tuple[int, int]) -> None:
     index = make_index(
-        tmp_path, picture=lambda c, e, t, size: jpeg(e, t, size=(16, 32) if e else size)
+        tmp_path, picture=lambda c, e, t, size, other=size: jpeg(e, t, size=other if e else size)
     )
-    match = r"frames\.bin, record 1, step 0, camera 'image': .*16x32 px.*16x24 px.*image_size"
+    found = f"{size[0]}x{size[1]} px"
+    match = rf"frames\.bin, record 1, step 0, camera 'image': .*{found}.*16x24 px.*image_size"
     with pytest.raises(ValueError, match=match):
         FrameReader(index).image("image", 4)
     assert FrameReader(index, (16, 24)).image("image", 4).shape == (16, 24, 3)
@@ -112,6 +131,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"record 1, step 1, camera 'image': .*bytes .* damaged"):
         reader.image("image", 5)
     reader.image("image", 6)
+    with pytest.raises(ValueError, match=r"record 1, step 1, camera 'image': .*bytes .* damaged"):
+        reader.read("image", [4, 5, 6], [np.empty((16, 24, 3), np.uint8)] * 3)
     file.write_bytes(data[:-1])
     with pytest.raises(ValueError, match=r"record 2, step 4, camera 'image': .*frames\.bin"):
         reader.image("image", 11)
@@ -168,10 +189,10 @@ def test_videos_and_step_records_are_read_by_their_readers(
         other_kind(tmp_path, "video", np.array([(0, 512, 100), (0, 1024, 100)], VIDEO))
     )
     np.testing.assert_array_equal(reader.image("image", 1), decoded(jpeg(2)))
-    assert reader.pair("image", 0, 1)[2]
+    assert pairs(reader, [0], [1])[2] == [True]
     reader = FrameReader(other_kind(tmp_path, "record", np.array([(0, 7), (0, 7), (0, 2)], RECORD)))
     np.testing.assert_array_equal(reader.image("image", 0), decoded(jpeg(7)))
-    assert not reader.pair("image", 0, 1)[2]  # in two places, but the same picture
+    assert pairs(reader, [0], [1])[2] == [False]  # in two places, but the same picture
     with pytest.raises(ValueError, match="step 2, camera 'image': no such record"):
         reader.image("image", 2)
     assert FrameReader(reader.index, (8, 8)).image("image", 0).shape == (8, 8, 3)

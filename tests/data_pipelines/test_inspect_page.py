@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.catalog import Part
 from data_pipelines.index.build import build_index
 from data_pipelines.index.format import FLAGS
 from data_pipelines.inspect_figures import (
@@ -100,7 +101,9 @@ def test_the_page_of_a_dataset(tmp_path: Path) -> None:
         annotation=Annotation("grasp <i>it</i>", ((0.1, 0.2, 0.5, 0.9),), "Move forward."),
         frames=True,
     )
-    out = write_page([index], tmp_path / "pages" / "page.html", filters=["pause"], episodes=2)
+    out = write_page(
+        [Part(index=index)], tmp_path / "pages" / "page.html", filters=["pause"], episodes=2
+    )
     page = Page(out)
     facts = {row[0]: row[1] for row in page.tables[0]}
     assert facts["control rate"] == "5 Hz" and facts["robot"] == "a robot"
@@ -142,18 +145,22 @@ def test_the_page_of_a_directory_with_annotations(tmp_path: Path) -> None:
 def test_the_page_of_real_data(tmp_path: Path, shared_dir: Path) -> None:
     source = shared_dir / "data/bridge_dataset/1.0.0"
     index = build_index(source, "train", tmp_path / "index", workers=1)
-    page = Page(write_page([index], tmp_path / "page.html", episodes=2))
+    page = Page(write_page([Part(index=index)], tmp_path / "page.html", episodes=2))
     assert ["robot", "WidowX"] in page.tables[0]
     assert len(page.pictures) == 2 * 4 * 8
     assert page.tables[4][1] == ["put carrot on plate", "64", "32.00 %"]
 
 
 def test_the_page_of_a_mixture(tmp_path: Path) -> None:
-    indexes = [
-        made_index.write(tmp_path / name, lengths, spec=replace(made_index.SPEC, name=name))
+    parts = [
+        Part(
+            index=made_index.write(
+                tmp_path / name, lengths, spec=replace(made_index.SPEC, name=name)
+            )
+        )
         for name, lengths in (("one", (6,)), ("two", (4, 8)))
     ]
-    out = write_page(indexes, tmp_path / "p.html", weights=[2, 1], title="a & b", episodes=0)
+    out = write_page(parts, tmp_path / "p.html", weights=[2, 1], title="a & b", episodes=0)
     page = Page(out)
     assert page.text.count("a & b") == 2  # the tab's title and the heading
     assert page.tables[0] == [
@@ -279,7 +286,21 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         ({"episodes": -1}, "-1 episodes"),
     ):
         with pytest.raises(ValueError, match=message):
-            write_page([index], tmp_path / "page.html", **keywords)
+            write_page([Part(index=index)], tmp_path / "page.html", **keywords)
     with pytest.raises(ValueError, match="0 sets"):
         write_page([], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_part_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tabletop(tmp_path, [tabletop_record(0, 4), tabletop_record(1, 3)])
+    arguments = [str(path), "--json", "--episodes", "1", "--out", str(tmp_path / "page.html")]
+    assert main([*arguments, "--split", "train[1:]"]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["dataset"], line["split"]) == ("lara_tabletop", "train[1:]")
+    assert (line["episodes"], line["rows"], line["steps"]) == (1, 3, 3)
+    page = Page(tmp_path / "page.html")
+    assert "episode_1" in page.text and "episode_0" not in page.text
+    assert page.tables[4][1:] == [["task 1", "3", "100.00 %"]]
+    with pytest.raises(ValueError, match=r"'train\[2:\]' holds none of the 2 episodes"):
+        main([*arguments, "--split", "train[2:]"])

@@ -157,6 +157,30 @@ def test_a_row_is_its_sample_normalised_padded_and_tokenised(loader: Loader) -> 
     assert seen == set(itertools.product(range(5), (False, True)))
 
 
+@pytest.mark.parametrize("looked_up_together", [1, 20, 1024])
+def test_a_batch_is_its_samples_one_by_one(
+    loader: Loader, looked_up_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.loader._TOGETHER", looked_up_together)
+    names = ("images", "next_images", "view_mask", "next_mask", "action_mask")
+    for number, batch in enumerate(take(loader, 5)):
+        for b in range(loader.batch_size):
+            sample = loader.source[number * loader.batch_size + b]
+            assert ids(batch)[b] == [sample["dataset"], sample["sample_id"]]
+            for name in names:
+                np.testing.assert_array_equal(getattr(batch, name)[b], sample[name])
+            assert batch.annotated[b] == (sample["annotation"] is not None)
+
+
+def test_batches_in_use_share_no_memory(loader: Loader) -> None:
+    kept = take(loader, 12)
+    images = [batch.images.copy() for batch in kept]
+    again = take(loader, 12)  # uses again what is free by now: nothing that is in `kept`
+    for batch, other, pixels in zip(kept, again, images, strict=True):
+        np.testing.assert_array_equal(batch.images, pixels)
+        np.testing.assert_array_equal(other.images, pixels)
+
+
 def test_without_next_frames_all_else_is_the_same(loader: Loader) -> None:
     sources = tuple(dataclasses.replace(s, next_frames=False) for s in loader.source.sources)
     without = dataclasses.replace(loader.source, sources=sources)
@@ -176,10 +200,12 @@ def test_without_next_frames_all_else_is_the_same(loader: Loader) -> None:
     ],
 )
 def test_hosts_threads_and_workers_change_nothing(
-    loader: Loader, count: int, threads: int, workers: int
+    loader: Loader, count: int, threads: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = take(loader, 6)[2:]
+    monkeypatch.setattr("data_pipelines.loader._TOGETHER", 20)  # some batches, not all of them
     other = dataclasses.replace(loader, num_threads=threads, num_workers=workers)
-    assert equal(together(hosts(other, count), 4, 2), take(loader, 6)[2:])
+    assert equal(together(hosts(other, count), 4, 2), expected)
 
 
 def test_a_batch_depends_on_the_mixture_and_the_step_alone(folder: Path, loader: Loader) -> None:
@@ -192,7 +218,7 @@ def test_a_batch_depends_on_the_mixture_and_the_step_alone(folder: Path, loader:
 
 def test_grain_agrees_that_checkpoints_restore(loader: Loader) -> None:
     for changes in ({}, {"num_threads": 2, "host": (1, 2)}):
-        dataset = dataclasses.replace(loader, **changes).dataset(samples=32)
+        dataset = dataclasses.replace(loader, **changes).dataset(batches=4)
         grain.experimental.assert_equal_output_after_checkpoint(dataset)
 
 
@@ -303,6 +329,14 @@ def test_an_evaluation_pass_counts_every_step_once(
                 assert all(found[b] == expected[-1] for b in np.flatnonzero(~rows))
         assert counted == expected
     assert batches == 0
+
+
+def test_a_batch_of_chosen_steps_is_the_one_that_the_stream_makes(loader: Loader) -> None:
+    streamed = next(loader.iterate(2))
+    places = loader.source.locate(np.arange(loader.batch_size) + 2 * loader.batch_size)
+    chosen = loader.batch_of(*places)
+    for field in dataclasses.fields(streamed):
+        np.testing.assert_array_equal(getattr(chosen, field.name), getattr(streamed, field.name))
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])

@@ -1,5 +1,6 @@
 """The mixture: exact shares, equal turns for all steps, no aliasing, one stream for all hosts."""
 
+import dataclasses
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -31,42 +32,63 @@ def mixture(
     return MixtureSource(**{"sources": tuple(sources), "weights": tuple(weights)} | changes)
 
 
+def order(length: int, *seed: int, places: Sequence[int] | None = None) -> list[int]:
+    """Where indices, or all of them, go in a permutation."""
+    indices = np.arange(length) if places is None else np.array(places)
+    return permuted(indices, np.full(len(indices), length), [seed] * len(indices)).tolist()
+
+
+def located(mix: MixtureSource, positions: range) -> list[tuple[int, int]]:
+    datasets, numbers = mix.locate(np.array(positions))
+    return list(zip(datasets.tolist(), numbers.tolist(), strict=True))
+
+
 def counts(mix: MixtureSource, epochs: int) -> list[Counter[int]]:
     """How often each step of each set comes up."""
     found: list[Counter[int]] = [Counter() for _ in mix.sources]
-    for position in range(epochs * len(mix)):
-        dataset, number = mix.locate(position)
+    for dataset, number in located(mix, range(epochs * len(mix))):
         found[dataset][number] += 1
     return found
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 100, 257])
 def test_a_permutation_is_one_and_depends_on_its_seed(length: int) -> None:
-    orders = {tuple(permuted(i, length, seed, 7) for i in range(length)) for seed in range(40)}
-    for order in orders:
-        assert sorted(order) == list(range(length))
+    orders = {tuple(order(length, seed, 7)) for seed in range(40)}
+    for found in orders:
+        assert sorted(found) == list(range(length))
     assert len(orders) == (40 if length > 10 else len(orders))
-    with pytest.raises(IndexError, match=f"index {length} of {length}"):
-        permuted(length, length, 0)
+    for index in (-1, length):
+        with pytest.raises(IndexError, match=f"index {index} of {length}"):
+            order(length, 0, places=[0, index])
+
+
+def test_permutations_side_by_side_are_those_apart() -> None:
+    lengths, seeds = np.tile([7, 300, 10**9], 20), [(1,), (2, 5), (3,), (1,)] * 15
+    indices = np.arange(60) % lengths
+    found = permuted(indices, lengths, seeds)
+    for index, length, seed, place in zip(indices, lengths.tolist(), seeds, found, strict=True):
+        assert order(length, *seed, places=[index]) == [place]
+    assert len(permuted(np.arange(0), np.arange(0), [])) == 0
 
 
 def test_every_place_of_a_permutation_is_as_likely() -> None:
     length, seeds = 50, 2000
     table = np.zeros((length, length))
     for seed in range(seeds):
-        table[np.arange(length), [permuted(i, length, seed) for i in range(length)]] += 1
+        table[np.arange(length), order(length, seed)] += 1
     expected = seeds / length
     chi_square = ((table - expected) ** 2 / expected).sum() / (length - 1) ** 2
     assert 0.9 < chi_square < 1.1
-    order = np.array([permuted(i, 10_000, 3) for i in range(10_000)])
+    places = np.array(order(10_000, 3))
     for lag in (1, 2, 7, 100):
-        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 0.05
+        assert abs(np.corrcoef(places[:-lag], places[lag:])[0, 1]) < 0.05
 
 
 def test_large_permutations_and_their_values_are_fixed() -> None:
     # A run's order must not change with a release: these values are part of the format.
-    assert [permuted(i, 10, 0) for i in range(10)] == [9, 6, 1, 0, 2, 3, 7, 8, 4, 5]
-    found = {permuted(i, 2**40, 1, 2) for i in range(1000)}
+    assert order(10, 0) == [9, 6, 1, 0, 2, 3, 7, 8, 4, 5]
+    assert order(2**40, 1, 2, places=[0, 1, 2**40 - 1]) == [603846050613, 41599304295, 378928624597]
+    found = set(order(2**40, 1, 2, places=range(1000)))
     assert len(found) == 1000 and max(found) > 2**39
 
 
@@ -97,25 +119,27 @@ def test_shares_by_weight_alone(tmp_path: Path) -> None:
 def test_epochs_differ_and_seeds_differ(tmp_path: Path) -> None:
     mix = mixture(tmp_path, [(30,), (20,)], (1, 1))
     other = mixture(tmp_path / "b", [(30,), (20,)], (1, 1), seed=1)
-    epochs = [[mix.locate(50 * e + p) for p in range(50)] for e in range(3)]
+    epochs = [located(mix, range(50 * e, 50 * e + 50)) for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [other.locate(p) for p in range(50)] != epochs[0]
+    assert located(other, range(50)) != epochs[0]
     again = pickle.loads(pickle.dumps(mix))
-    assert [again.locate(p) for p in range(50)] == epochs[0]
+    assert located(again, range(50)) == epochs[0]
+    # A position's sample does not depend on what is looked up with it.
+    assert [located(mix, range(p, p + 1)) for p in range(50)] == [[each] for each in epochs[0]]
 
 
 def test_an_epoch_with_a_part_of_a_set_takes_it_from_all_over(tmp_path: Path) -> None:
     mix = mixture(tmp_path, [(200,)], (0.1,))
     for epoch in range(3):
-        numbers = sorted(mix.locate(20 * epoch + place)[1] for place in range(20))
+        numbers = sorted(n for _, n in located(mix, range(20 * epoch, 20 * epoch + 20)))
         assert len(set(numbers)) == 20 and numbers[-1] - numbers[0] > 100
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_strided_hosts_see_both_of_two_equal_sets(tmp_path: Path, hosts: int) -> None:
     mix = mixture(tmp_path, [(200,), (200,)], (1, 1))
-    places = np.array([mix.locate(position)[0] for position in range(4 * len(mix))])
+    places, _ = mix.locate(np.arange(4 * len(mix)))
     for host in range(hosts):
         assert 0.4 < places[host::hosts].mean() < 0.6
     # At any time, too.
@@ -143,8 +167,8 @@ def test_samples_carry_their_dataset_and_row(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sample["state"], index.states[sample["sample_id"]])
     ids = [(sample["dataset"], sample["sample_id"]) for sample in found]
     assert sorted(ids) == [(0, row) for row in range(6)] + [(1, row) for row in range(3)]
-    in_order = [mix.step(number) for number in range(9)]
-    assert [(sample["dataset"], sample["sample_id"]) for sample in in_order] == sorted(ids)
+    in_order = zip(*mix.in_order(np.arange(9)), strict=True)  # without filters, samples are rows
+    assert list(in_order) == sorted(ids)
     assert mix.where(0, 5).endswith("0/frames.bin, record 1, step 1")
     with pytest.raises(IndexError, match="position -1"):
         mix[-1]
@@ -164,11 +188,18 @@ def test_the_fingerprint_is_that_of_the_stream(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_stream_or_the_sets(tmp_path: Path) -> None:
     (source,) = mixture(tmp_path, [(4, 2)], (1,)).sources
     few = MixtureSource(sources=(source,), weights=(1,))
-    many = MixtureSource(sources=(source,) * 500, weights=(1e7,) * 500)
+    index = source.index
+    headers = [dataclasses.replace(index.header, dataset=f"set {i}") for i in range(500)]
+    sources = tuple(
+        dataclasses.replace(source, index=dataclasses.replace(index, header=header))
+        for header in headers
+    )
+    many = MixtureSource(sources=sources, weights=(1e7,) * 500)
     assert len(many) == 500 * 6 * 10**7
-    assert many.locate(10**15)[0] in range(500)
-    assert few.locate(10**15)[0] == 0
-    assert "rows" not in source.index.__dict__
+    far = range(10**15, 10**15 + 3)
+    assert {dataset for dataset, _ in located(many, far)} <= set(range(500))
+    assert {dataset for dataset, _ in located(few, far)} == {0}
+    assert not any("rows" in each.index.__dict__ for each in sources)
 
 
 @pytest.mark.parametrize(

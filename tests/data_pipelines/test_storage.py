@@ -1,5 +1,6 @@
 """Files by path and by URL: the same answers, and errors that name the file."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,25 @@ def test_reads_whole_files_and_ranges(folder: str) -> None:
     assert storage.read_range(path, 9, 0) == b""
     with storage.open_read(path) as file:
         assert file.read(3) + file.read() == DATA
-    assert storage.stamp(path) == storage.stamp(path)
 
 
-def test_lists_files_with_sizes(folder: str) -> None:
-    assert storage.list_files(folder) == {"x": len(DATA)}
-    assert storage.sizes(folder, ["none", "x"]) == [None, len(DATA)]
+def test_lists_files_with_sizes_and_stamps(folder: str) -> None:
+    (facts,) = storage.list_files(folder).values()
+    assert facts.size == len(DATA) and facts.stamp.split(" ")[0] in ("mtime", "created")
+    names = ["none", "x", "sub/y", "none/z"]
+    missing, same, below, neither = storage.facts(folder, names)
+    assert (missing, same, neither) == (None, facts, None)
+    assert below is not None and below.size == len(DATA)
+
+
+def test_a_stamp_follows_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(DATA)
+    (before,) = storage.facts(tmp_path, ["x"])
+    os.utime(file, (1, 1))
+    (after,) = storage.facts(tmp_path, ["x"])
+    assert before is not None and after is not None
+    assert before.size == after.size and before.stamp != after.stamp
 
 
 def test_errors_name_the_file(folder: str) -> None:
@@ -73,7 +87,7 @@ class CloudError(Exception):
 
 def test_other_errors_become_os_errors_that_name_the_url() -> None:
     with (
-        pytest.raises(OSError, match=r"gs://b/x: CloudError: 503"),
+        pytest.raises(OSError, match=r"gs://b/x cannot be read: CloudError: 503"),
         storage.naming("gs://b/x"),
     ):
         raise CloudError("503")

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.rlds import writer
 from data_pipelines.rlds.directory import Directory, Feature
 from data_pipelines.rlds.writer import encode_episode, write_dataset
+from tests.data_pipelines.protobuf_reader import open_split, parse
 
 FEATURES = (
     Feature(
@@ -76,7 +77,7 @@ def test_tfds_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = Directory.read(path)
     records = [
         shard.read(record)
-        for shard in directory.open_split("train")
+        for shard in open_split(directory, "train")
         for record in range(len(shard))
     ]
     assert builder.info.splits["train"].num_bytes == sum(map(len, records))
@@ -97,8 +98,8 @@ def test_tfds_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_reader_reads_it(tmp_path: Path) -> None:
     directory = Directory.read(write(tmp_path))
     assert directory.features == {feature.key: feature for feature in FEATURES}
-    (shard,) = directory.open_split("val")
-    example, values = directory.parse(shard, 0), episode(9, steps=1)
+    (shard,) = open_split(directory, "val")
+    example, values = parse(directory, shard, 0), episode(9, steps=1)
     np.testing.assert_array_equal(example.array("steps/boxes"), values["steps/boxes"])
     assert example.text("steps/language_instruction") == ["größe 9"]
     assert example.array("episode_metadata/success") == np.False_
@@ -131,9 +132,9 @@ def test_existing_dataset_is_replaced_only_when_told(tmp_path: Path) -> None:
     path = write(tmp_path)
     with pytest.raises(ValueError, match="exists"):
         write(tmp_path, train=1)
-    assert len(Directory.read(path).open_split("train")[0]) == 5
+    assert len(open_split(Directory.read(path), "train")[0]) == 5
     assert write(tmp_path, train=1, overwrite=True) == path
-    assert len(Directory.read(path).open_split("train")[0]) == 1
+    assert len(open_split(Directory.read(path), "train")[0]) == 1
     assert [entry.name for entry in path.parent.iterdir()] == ["1.2.0"]
 
 

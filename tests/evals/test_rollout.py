@@ -66,6 +66,18 @@ def ones(observations: Sequence[Any]) -> np.ndarray:
     return np.ones((len(observations), 4, 1), np.float32)
 
 
+def test_frames_of_earlier_steps_are_views_of_their_own() -> None:
+    """None before the episode, then what was seen so many steps ago, also within a chunk."""
+    seen: list[tuple[float, float | None]] = []
+
+    def policy(observations: Sequence[Any]) -> np.ndarray:
+        seen.extend((o["total"], o["total@-3"]) for o in observations)
+        return np.ones((len(observations), 2, 7), np.float32)
+
+    rollout(policy, [Counter()], [8], execute_steps=2, views=("total", "total@-3"))
+    assert seen == [(0.0, None), (2.0, None), (4.0, 1.0), (6.0, 3.0)]
+
+
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_the_expert_succeeds_through_the_policys_interface(parallel: int) -> None:
     envs = [TabletopEnv() for _ in range(parallel)]

@@ -100,7 +100,7 @@ def test_depth_is_chosen_when_acting():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"primary": None}, r"lacks the views \['primary'\]"),
+        ({"primary": None}, r"no frame in any of \['primary'\]"),
         ({"primary": np.zeros((64, 64, 3), np.float32)}, "must be uint8.*float32"),
         (
             {"primary": np.zeros((64, 64), np.uint8)},
@@ -111,9 +111,24 @@ def test_depth_is_chosen_when_acting():
     ],
 )
 def test_refuses_wrong_observations(change, message):
-    wrong = {k: v for k, v in (observation() | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        Policy(info(), params())([wrong])
+        Policy(info(), params())([observation() | change])
+
+
+def test_a_view_has_to_be_there_but_may_be_none():
+    """A camera that is missing, or a step before the episode, is black and masked, as trained."""
+    seen = observation()
+    del seen["primary"]
+    with pytest.raises(ValueError, match=r"lacks the views \['primary'\]"):
+        Policy(info(), params())([seen])
+    data = dataclasses.replace(RECIPE.data, views=("wrist", "primary"), prefix_tokens=160)
+    recipe = dataclasses.replace(RECIPE, data=data)
+    batch = Policy(dataclasses.replace(info(), recipe=recipe), params())._batch(
+        [observation() | {"wrist": None}, observation(1) | {"wrist": observation(2)["primary"]}]
+    )
+    np.testing.assert_array_equal(batch.view_mask, [[False, True], [True, True]])
+    assert not batch.images[0, 0].any()
+    np.testing.assert_array_equal(batch.images[0, 1], observation()["primary"])
 
 
 def test_refuses_stages_it_cannot_act_in():

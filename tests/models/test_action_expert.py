@@ -25,7 +25,7 @@ def arguments():
         "bucket": jnp.array([[0, 400, 900], [5, 50, 500]]),
         "state": jax.random.normal(keys[1], (B, CONFIG.state_dim)),
         "context": jax.random.normal(keys[2], (B, S, CONFIG.context_width)),
-        "context_valid": jnp.ones((B, S), bool).at[0, :2].set(False),
+        "context_mask": jnp.ones((B, S), bool).at[0, :2].set(False),
     }
 
 
@@ -67,14 +67,14 @@ def test_draws_do_not_see_each_other_and_share_their_context(variables, argument
         np.testing.assert_allclose(together[:, r], alone[:, 0], rtol=1e-5)
 
 
-def test_pads_are_masked_unless_asked_for(variables, arguments):
+def test_what_is_masked_does_not_matter(variables, arguments):
     other = arguments["context"].at[0, :2].add(1.0)
     np.testing.assert_array_equal(
         velocity(variables, arguments), velocity(variables, arguments, context=other)
     )
-    config = dataclasses.replace(CONFIG, attend_padding=True)
-    before = velocity(variables, arguments, config)
-    after = velocity(variables, arguments, config, context=other)
+    everything = jnp.ones_like(arguments["context_mask"])
+    before = velocity(variables, arguments, context_mask=everything)
+    after = velocity(variables, arguments, context_mask=everything, context=other)
     assert jnp.abs(before - after)[0].max() > 1e-4 and jnp.abs(before - after)[1].max() == 0
 
 
@@ -86,7 +86,7 @@ def test_every_input_matters(variables, arguments, name):
 
 def test_sampler_takes_euler_steps(variables, arguments):
     noise = arguments["noisy"][:, 0]
-    x, rest = noise, {k: arguments[k] for k in ("state", "context", "context_valid")}
+    x, rest = noise, {k: arguments[k] for k in ("state", "context", "context_mask")}
     for bucket in (0, 250, 500, 750):
         at = jnp.full((B, 1), bucket)
         x = x + velocity(variables, rest, noisy=x[:, None], bucket=at)[:, 0] / 4

@@ -220,6 +220,27 @@ def test_img_next_tokens_see_each_other_but_text_stays_causal():
     assert mask[0, first, last] and not mask[0, first - 1, last]
 
 
+def test_the_answer_cannot_reach_the_action_expert():
+    """Discrete action tokens, and what comes after them, are not in its context."""
+    inputs = tiny.inputs()
+    answers = [inputs.suffix_ids.at[:, 7].set(token) for token in (38, 39)]
+    one, other = (dataclasses.replace(inputs, suffix_ids=ids) for ids in answers)
+    state, noise = jnp.zeros((2, 5)), jnp.ones((2, 4, 3))
+
+    def acted(inputs: Inputs, **changes):
+        model = LaraVLA(tiny.config(**changes))
+        thoughts = think(inputs, **changes)
+        return model.apply({"params": params()}, thoughts, state, noise, method="act")
+
+    for attend_padding in (False, True):
+        hidden = {"action_ids": (38, 40), "attend_padding": attend_padding}
+        np.testing.assert_array_equal(acted(one, **hidden), acted(other, **hidden))
+    assert jnp.abs(acted(one) - acted(other)).max() > 1e-6  # where nothing hides it, it shows
+    context = think(one, action_ids=(38, 40)).context
+    np.testing.assert_array_equal(context[:, -2:], jnp.zeros((2, 2), bool))
+    np.testing.assert_array_equal(context[:, :-2], think(one).valid[:, :-2])
+
+
 def test_compute_dtype():
     thoughts = jax.eval_shape(
         lambda: LaraVLA(tiny.config(dtype="bfloat16")).init_with_output(

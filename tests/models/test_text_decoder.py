@@ -62,7 +62,7 @@ def test_scan_equals_a_python_loop(variables, segment):
     np.testing.assert_allclose(scanned, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_nothing(variables, segment, remat):
     x, positions, mask, _ = segment
 

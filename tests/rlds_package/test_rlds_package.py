@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds  # noqa: E402
 
 from data_pipelines.rlds import writer  # noqa: E402
 from data_pipelines.rlds.directory import Directory, Feature  # noqa: E402
+from tests.data_pipelines.protobuf_reader import open_split, parse  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -89,9 +90,9 @@ def ours(path: Path) -> list[dict[str, np.ndarray]]:
     """Each episode as our reader gives it: arrays over the steps, by key below "steps/"."""
     directory = Directory.read(path)
     episodes = []
-    for shard in directory.open_split("train"):
+    for shard in open_split(directory, "train"):
         for record in range(len(shard)):
-            example = directory.parse(shard, record)
+            example = parse(directory, shard, record)
             values = {}
             for feature in FEATURES:
                 key = feature.key.removeprefix("steps/")

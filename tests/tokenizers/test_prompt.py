@@ -156,6 +156,27 @@ def test_text_of_stages_and_counts(
     assert texts[1] == suffix + "<img_next>" * 16 + "<|im_end|>\n"
 
 
+@pytest.mark.parametrize(
+    ("stage", "spoken_stage", "suffix"),
+    [
+        (2, 0, f"{END} Subtask: s. {B}{R}"),
+        (3, 0, f"{END} {B}{R}"),
+        (4, 0, f"{END} {R}"),
+        (4, 1, f"{END} Subtask: s. {B}{R}"),
+        (4, 2, f"{END} {B}{R}"),
+    ],
+)
+def test_spoken_rows_keep_their_slots(
+    tokenizer: Tokenizer, stage: int, spoken_stage: int, suffix: str
+) -> None:
+    """What is newly latent stands in the text as well; the prefix, and so K, is the same."""
+    make = builder(tokenizer, reasoning_stage=stage, spoken_stage=spoken_stage)
+    annotation = Annotation("s", ((0, 0.5, 1, 1),), "m")
+    silent, spoken = (make.segments("go", annotation, spoken=x) for x in (False, True))
+    assert spoken[0] == silent[0] and spoken[1] != silent[1]
+    assert tokenizer.decode(spoken[1]) == suffix + "<img_next>" * 16 + "<|im_end|>\n"
+
+
 @pytest.mark.parametrize("annotation", [None, Annotation(), Annotation(motion="Stop.")])
 @pytest.mark.parametrize("stage", STAGES)
 def test_slots_do_not_depend_on_annotations(

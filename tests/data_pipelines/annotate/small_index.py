@@ -5,6 +5,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from data_pipelines.annotate.readers import EpisodeName
 from data_pipelines.index.format import (
     ENCODED,
     Camera,
@@ -34,6 +35,13 @@ _STEPS_M = (
     [(0.04, 0.02, 0.0)] * 2 + [(0.0, 0.0, -0.05)] * 2 + [(0, 0, 0)] * 2 + [(0, 0, 0.05)] * 2
     + [(0.0, -0.06, 0.0)] * 2 + [(0, 0, 0)] * 2 + [(0, 0, 0.05)] * 3
 )  # fmt: skip
+
+
+def named(key: str, number: int, stored_steps: int = 5) -> EpisodeName:
+    """An episode of a dataset of the name "small"."""
+    return EpisodeName(
+        key=key, number=number, dataset="small", split="train", stored_steps=stored_steps
+    )
 
 
 def episode_arrays() -> tuple[np.ndarray, np.ndarray]:

@@ -19,11 +19,17 @@ from data_pipelines.annotate.episode import AnnotateSettings
 from data_pipelines.annotate.openai_endpoint import EndpointError
 from data_pipelines.annotate.readers import open_provider
 from data_pipelines.annotate.writers import RuleWriter
+from data_pipelines.convert import step_shards
 from data_pipelines.index.annotations import attach_annotations
-from data_pipelines.index.build import build_index
+from data_pipelines.index.build import build_index, open_index
 from data_pipelines.index.format import Index
-from tests.data_pipelines.annotate.small_index import PHASES, write_small_index
-from tests.data_pipelines.handmade import write_tabletop
+from tests.data_pipelines.annotate.small_index import PHASES, named, write_small_index
+from tests.data_pipelines.handmade import (
+    TABLETOP_FEATURES,
+    tabletop_record,
+    write_directory,
+    write_tabletop,
+)
 
 EPISODES = 12
 
@@ -47,7 +53,7 @@ def test_command(index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert result["steps"] == result["annotated_steps"] == rows
     assert result["missing"] == {"no detector": rows}
     provider = open_provider(f"own:{out}")
-    found = provider.episode(index.key(2), 2)
+    found = provider.episode(named(index.key(2), 2, len(PHASES) + 1))
     assert found is not None and found[1].subtask == "move to the block c"
     before = out.read_bytes()
     assert run(index, out) == 0
@@ -183,7 +189,7 @@ def test_detector_is_called(index: Index, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(annotate, "detector_named", lambda description: Detector())
     out = tmp_path / "out.jsonl"
     assert run(index, out, "--detector", "any", "--box-every", "2") == 0
-    found = open_provider(f"own:{out}").episode(index.key(0), 0)
+    found = open_provider(f"own:{out}").episode(named(index.key(0), 0, len(PHASES) + 1))
     assert found is not None and len(found[1].boxes) == 2
     # Without the detector these are other inputs: the file stays.
     with pytest.raises(ValueError, match="other inputs"):
@@ -206,6 +212,43 @@ def test_dataset_directory_and_back_into_its_index(tmp_path: Path) -> None:
         expected = lines[number]["steps"][str(step)]
         assert annotation is not None
         assert (annotation.subtask, annotation.motion) == (expected["subtask"], expected["motion"])
+
+
+def test_a_set_of_ones_own_and_its_conversion(tmp_path: Path) -> None:
+    """By a definition file, and by nothing but the index of step records."""
+    definitions = tmp_path / "mine.toml"
+    definitions.write_text(
+        "[datasets.mine]\n"
+        "control_hz = 5.0\n"
+        'cameras = { front = "observation/image" }\n'
+        'roles = { primary = "front" }\n'
+        'action = ["action"]\n'
+        'state = ["observation/state"]\n'
+        'episode_key = ["episode_metadata/file_path"]\n'
+    )
+    shards = [[tabletop_record(0, 4), tabletop_record(1, 3)]]
+    path = write_directory(tmp_path / "mine/1.0.0", "mine", TABLETOP_FEATURES, {"train": shards})
+    with pytest.raises(ValueError, match="unknown dataset 'mine'"):
+        main([str(path), "--out", str(tmp_path / "none.jsonl")])
+    first = tmp_path / "first.jsonl"
+    assert main([str(path), "--definitions", str(definitions), "--out", str(first)]) == 0
+    index = open_index(path, "train", definitions=definitions)
+
+    steps = str(tmp_path / "steps")
+    written = [
+        step_shards.write_shard(index, shard, steps, ["front"])
+        for shard in range(step_shards.shard_count(index))
+    ]
+    step_shards.write_records_index(f"{steps}/lara_index/train", index, written, steps, ["front"])
+    second = tmp_path / "second.jsonl"
+    assert main([steps, "--out", str(second)]) == 0
+    lines = [[json.loads(line) for line in out.read_text().splitlines()] for out in (first, second)]
+    assert [line["number"] for line in lines[1]] == [0, 1]
+    for ours, theirs in zip(*lines, strict=True):
+        assert (ours["key"], ours["steps"]) == (theirs["key"], theirs["steps"])
+    # What was made of the one fits the other.
+    converted = Index.open(f"{steps}/lara_index/train")
+    assert attach_annotations(converted, open_provider(f"own:{first}")).annotation(0)
 
 
 def test_real_bridge_episodes(shared_dir: Path, tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_agreement_with_the_tabletop_expert() -> None:
         view = EpisodeView(
             key="",
             number=number,
+            dataset="tabletop",
+            split="train",
             where="tabletop",
             control_hz=5.0,
             frame=np.arange(len(records)),

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from data_pipelines.annotate.readers import EcotAnnotations, open_provider
+from data_pipelines.annotate.readers import open_provider
 from lara_jax.tokenizers.prompt import Annotation
+from tests.data_pipelines.annotate.small_index import named
 
 BOX, BOX2 = [0.1, 0.2, 0.3, 0.9], [0.5, 0.5, 0.75, 1.0]
 CAPTIONS = {
@@ -44,20 +44,20 @@ def lara(tmp_path: Path, captions: Any = CAPTIONS, boxes: Any = BOXES) -> str:
 
 def test_lara(tmp_path: Path) -> None:
     provider = open_provider(lara(tmp_path))
-    assert provider.episode("ignored", 7) == {
+    assert provider.episode(named("ignored", 7)) == {
         0: Annotation("move to the spoon", (tuple(BOX), tuple(BOX2)), "Move left."),
         1: Annotation(boxes=(tuple(BOX),)),
         2: Annotation(motion="Move down."),
     }
-    assert provider.episode("", 3) is None and provider.episode("", 0) is None
+    assert provider.episode(named("", 3)) is None and provider.episode(named("", 0)) is None
     # The key of a LeRobot episode knows its number even where the split leaves some out.
-    assert provider.episode("episode_000007", 3) == provider.episode("", 7)
-    assert provider.episode("episode_000003", 7) is None
+    assert provider.episode(named("episode_000007", 3)) == provider.episode(named("", 7))
+    assert provider.episode(named("episode_000003", 7)) is None
 
 
 def test_lara_captions_alone(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "captions.jsonl", CAPTIONS)
-    found = open_provider(f"lara:{path}").episode("", 7)
+    found = open_provider(f"lara:{path}").episode(named("", 7))
     assert found is not None and list(found) == [0, 2]
 
 
@@ -104,7 +104,7 @@ def test_episode_twice_is_an_error(tmp_path: Path) -> None:
 def test_lara_bad_entry_is_named(tmp_path: Path, captions: Any, boxes: Any, message: str) -> None:
     provider = open_provider(lara(tmp_path, captions, boxes))
     with pytest.raises(ValueError, match=message):
-        provider.episode("", 7)
+        provider.episode(named("episode_000007", 7))
 
 
 def ecot(tmp_path: Path, **features: Any) -> Path:
@@ -127,10 +127,10 @@ def ecot(tmp_path: Path, **features: Any) -> Path:
         "/data/a\\b{1}.npy": {
             "17": {
                 "metadata": {"episode_id": "17", "n_steps": 3},
-                "features": {"bboxes": boxes, "gripper_position": [[128, 64]] * 3, **features},
+                "features": {"bboxes": boxes, **features},
                 "reasoning": reasoning,
             },
-            "18": {"metadata": {}, "features": {"gripper_positions": [[0, 256]]}},
+            "18": {"metadata": {}, "features": {}},
         },
         "/data/c.npy": {"0": {"features": {"bboxes": None}, "reasoning": {"0": {"move": "stop"}}}},
     }
@@ -142,24 +142,16 @@ def ecot(tmp_path: Path, **features: Any) -> Path:
 def test_ecot(tmp_path: Path) -> None:
     provider = open_provider(f"ecot:{ecot(tmp_path)}")
     # Text i is of stored step i.
-    assert provider.episode("/data/a\\b{1}.npy_17", 0) == {
+    assert provider.episode(named("/data/a\\b{1}.npy_17", 0)) == {
         0: Annotation(
             "Move to the blue spoon", ((0.25, 0.25, 0.5, 1.0),), "Move left. It is {there}."
         ),
         1: Annotation('say "towel"', ((0.0, 0.0, 0.5, 1.0),), ""),
         2: Annotation(motion="Stop."),
     }
-    assert provider.episode("/data/a\\b{1}.npy_18", 1) is None
-    assert provider.episode("/data/c.npy_0", 2) == {0: Annotation(motion="Stop.")}
-    assert provider.episode("/data/c.npy_1", 3) is None
-
-
-def test_ecot_gripper_path_in_both_spellings(tmp_path: Path) -> None:
-    provider = open_provider(f"ecot:{ecot(tmp_path)}")
-    assert isinstance(provider, EcotAnnotations)
-    np.testing.assert_array_equal(provider.gripper_path("/data/a\\b{1}.npy_17"), [[0.5, 0.25]] * 3)
-    np.testing.assert_array_equal(provider.gripper_path("/data/a\\b{1}.npy_18"), [[0.0, 1.0]])
-    assert provider.gripper_path("/data/c.npy_0") is None
+    assert provider.episode(named("/data/a\\b{1}.npy_18", 1)) is None
+    assert provider.episode(named("/data/c.npy_0", 2)) == {0: Annotation(motion="Stop.")}
+    assert provider.episode(named("/data/c.npy_1", 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +165,7 @@ def test_ecot_gripper_path_in_both_spellings(tmp_path: Path) -> None:
 def test_ecot_bad_box_is_named(tmp_path: Path, boxes: Any, message: str) -> None:
     provider = open_provider(f"ecot:{ecot(tmp_path, bboxes=boxes)}")
     with pytest.raises(ValueError, match=f"features.json, episode '/data/.*_17', {message}"):
-        provider.episode("/data/a\\b{1}.npy_17", 0)
+        provider.episode(named("/data/a\\b{1}.npy_17", 0))
 
 
 @pytest.mark.parametrize("keep", [0, 40, 500, -1])
@@ -194,5 +186,5 @@ def test_unknown_description(description: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lara", "ecot", "own"])
 def test_missing_file(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=rf"'{kind}:.*': there is no file /.*nowhere"):
         open_provider(f"{kind}:{tmp_path / 'nowhere'}")

@@ -8,6 +8,7 @@ import pytest
 
 from data_pipelines.annotate.readers import open_provider
 from data_pipelines.annotate.schema import AnnotationWriter
+from tests.data_pipelines.annotate.small_index import named
 
 
 def line(number: int, inputs: str = "a", **step: Any) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def line(number: int, inputs: str = "a", **step: Any) -> dict[str, Any]:
         "key": f"episode_{number}",
         "number": number,
         "steps": {"3": entry},
-        "provenance": {"inputs": inputs, "stored_steps": 5},
+        "provenance": {"dataset": "small", "split": "train", "stored_steps": 5, "inputs": inputs},
     }
 
 
@@ -41,19 +42,19 @@ def test_reads_what_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, line(0, boxes=[[0.1, 0.2, 0.3, 0.4]]), line(1, subtask="nimm den Löffel"))
     provider = open_provider(f"own:{path}")
-    first, second = provider.episode("episode_0", 9), provider.episode("episode_1", 9)
+    first, second = provider.episode(named("episode_0", 9)), provider.episode(named("episode_1", 9))
     assert first is not None and second is not None
     assert first[3].boxes == ((0.1, 0.2, 0.3, 0.4),) and first[3].motion == "Hold still."
     assert second[3].subtask == "nimm den Löffel"
-    assert provider.episode("episode_2", 0) is None
+    assert provider.episode(named("episode_2", 0)) is None
 
 
 def test_line_without_key_is_found_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, {**line(4), "key": ""})
     provider = open_provider(f"own:{path}")
-    assert provider.episode("whatever", 4) is not None
-    assert provider.episode("whatever", 5) is None
+    assert provider.episode(named("whatever", 4)) is not None
+    assert provider.episode(named("whatever", 5)) is None
 
 
 @pytest.mark.parametrize("cut", [1, 7, 60, -1])
@@ -130,7 +131,7 @@ def test_bad_entry_is_named(tmp_path: Path, change: dict[str, Any], message: str
     provider = open_provider(f"own:{path}")
     place = "out.jsonl, line 2, episode 'episode_1', step 3: "
     with pytest.raises(ValueError, match=f"{place}.*{message}"):
-        provider.episode("episode_1", 1)
+        provider.episode(named("episode_1", 1))
 
 
 @pytest.mark.parametrize("step", ["5", "-1", "x"])
@@ -140,7 +141,7 @@ def test_unknown_step_is_named(tmp_path: Path, step: str) -> None:
     values["steps"] = {step: values["steps"]["3"]}
     write(path, values)
     with pytest.raises(ValueError, match=f"line 1.*step '{step}'.*has steps 0..4"):
-        open_provider(f"own:{path}").episode("episode_0", 0)
+        open_provider(f"own:{path}").episode(named("episode_0", 0))
 
 
 def test_bad_entries_can_be_left_out_and_counted(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_bad_entries_can_be_left_out_and_counted(tmp_path: Path) -> None:
     values["steps"]["9"] = values["steps"]["3"]
     write(path, values)
     provider = open_provider(f"own:{path}", drop_bad_entries=True)
-    found = provider.episode("episode_0", 0)
+    found = provider.episode(named("episode_0", 0))
     # The second box without the first would be taken for the object's.
     assert found is not None and list(found) == [3] and found[3].boxes == ()
     assert provider.bad.counts == {"inverted boxes": 1, "unknown steps": 1}
@@ -159,7 +160,7 @@ def test_bad_entries_can_be_left_out_and_counted(tmp_path: Path) -> None:
 def test_rounding_is_cut_to_the_image(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, line(0, boxes=[[-1e-6, 0.2, 1.0004, 0.4]]))
-    found = open_provider(f"own:{path}").episode("episode_0", 0)
+    found = open_provider(f"own:{path}").episode(named("episode_0", 0))
     assert found is not None and found[3].boxes == ((0.0, 0.2, 1.0, 0.4),)
 
 
@@ -167,4 +168,4 @@ def test_other_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps({**line(0), "schema": 2}) + "\n")
     with pytest.raises(ValueError, match="schema 2; this release reads 1"):
-        open_provider(f"own:{path}").episode("episode_0", 0)
+        open_provider(f"own:{path}").episode(named("episode_0", 0))

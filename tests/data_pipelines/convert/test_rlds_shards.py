@@ -15,7 +15,7 @@ from data_pipelines.convert.rlds_shards import (
     write_shard,
 )
 from data_pipelines.index.build import open_source
-from data_pipelines.lerobot.rlds import converted_spec, episodes_as_rlds
+from data_pipelines.lerobot.rlds import converted_spec, rlds_episodes, rlds_features
 from data_pipelines.lerobot.source import LeRobotSource
 from data_pipelines.oxe.registry import REGISTRY, load_definitions
 from data_pipelines.rlds.directory import Directory
@@ -47,20 +47,24 @@ def test_equals_what_one_process_writes(sources: dict[str, LeRobotSource], tmp_p
         ["dataset_info.json", "features.json", DEFINITION_FILE, *(shard.file for shard in shards)]
     )
     directory = Directory.read(folder)
-    features, _ = episodes_as_rlds(sources["train"])
-    assert set(directory.features.values()) == set(features)
+    assert set(directory.features.values()) == set(rlds_features(sources["train"]))
     for split, source in sources.items():
-        _, expected = episodes_as_rlds(source)
         files = [TFRecordFile(folder / path.name) for path in directory.splits[split].files]
         assert tuple(map(len, files)) == directory.splits[split].shard_lengths
-        assert [file.read(n) for file in files for n in range(len(file))] == list(expected)
+        assert [file.read(n) for file in files for n in range(len(file))] == [
+            episode
+            for shard in range(len(source.shard_episodes))
+            for episode in rlds_episodes(source, shard)
+        ]
 
 
 def test_the_definition_reads_it(sources: dict[str, LeRobotSource], tmp_path: Path) -> None:
     folder = tmp_path / "made" / "1.0.0"
     convert(sources, folder)
     source = open_source(folder, "train", definitions=folder / DEFINITION_FILE)
-    assert source.spec == replace(converted_spec(sources["train"]), name="made", aliases=())
+    assert source.spec == replace(
+        converted_spec(sources["train"]), name="made", aliases=(), folders=()
+    )
 
 
 @pytest.mark.parametrize("name", ["bridge_orig", "droid", "lara_tabletop", "kuka"])
@@ -68,7 +72,7 @@ def test_a_definition_says_all_of_a_spec(name: str, tmp_path: Path) -> None:
     spec = replace(REGISTRY[name], quirks='says "größe" \\ {x}\nand more')
     (tmp_path / "x.toml").write_text(definition(spec, "my set"), encoding="utf-8")
     datasets, _ = load_definitions(tmp_path / "x.toml")
-    assert datasets == {"my set": replace(spec, name="my set", aliases=())}
+    assert datasets == {"my set": replace(spec, name="my set", aliases=(), folders=())}
 
 
 def test_a_failed_shard_leaves_no_dataset(

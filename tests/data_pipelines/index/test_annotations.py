@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.annotate.readers import EpisodeName
 from data_pipelines.index.build import attach_annotations, build_index
 from data_pipelines.index.format import FLAGS
 from lara_jax.tokenizers.prompt import Annotation
@@ -21,11 +22,12 @@ class Provider:
 
     steps: Mapping[int, Annotation]
     fingerprint: str = "made"
+    description: str = "made by hand"
     asked: list[tuple[str, int]] = field(default_factory=list)
 
-    def episode(self, key: str, number: int) -> Mapping[int, Annotation] | None:
-        self.asked.append((key, number))
-        return self.steps if key == "episode_1" else None
+    def episode(self, name: EpisodeName) -> Mapping[int, Annotation] | None:
+        self.asked.append((name.key, name.number))
+        return self.steps if name.key == "episode_1" else None
 
 
 @pytest.fixture
@@ -48,7 +50,12 @@ def test_annotations_replace_those_of_the_records(path: Path) -> None:
     assert index.filter_counts["no_annotation"] == 11
     assert np.flatnonzero(index.rows["flags"] & FLAGS["no_annotation"] == 0).tolist() == [5]
     assert index.header.counts["boxes"] == 1
-    assert index.header.annotations == {"fingerprint": "made"}
+    assert index.header.annotations == {
+        "fingerprint": "made",
+        "from": "made by hand",
+        "episodes": 1,
+        "rows": 1,
+    }
     assert index.header.digest != before.header.digest
     index.check()
     for name, data in unchanged.items():
@@ -71,10 +78,16 @@ def test_an_index_is_made_with_annotations_and_kept_while_they_are_the_same(path
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ({3: WORDS}, r"episode 1 \(episode_1\): no step 3; it has 3 steps"),
+        ({3: WORDS}, r"episode 1 \(key 'episode_1'\): no step 3; it has 3 steps"),
+        ({}, r"made by hand has nothing of lara_tabletop, split 'train': none of 3 episodes"),
+        ({1: Annotation()}, r"has nothing of lara_tabletop"),
+        (
+            {2: Annotation(boxes=((0.5, 0.2, 0.3, 0.4),))},
+            r"episode_1'\), step 2, box 0: box .*is inverted",
+        ),
         (
             {2: Annotation(boxes=((0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.2, 0.6)))},
-            r"episode 1 \(episode_1\), step 2, box 1: \[0\.5, .*outside the image",
+            r"episode 1 \(key 'episode_1'\), step 2, box 1: box \[0\.5, .*outside the image",
         ),
     ],
 )

@@ -82,6 +82,8 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
         (["--annotations", "magic:file"], ValueError, "magic"),
         (["--definitions", "none.toml"], FileNotFoundError, "none.toml"),
         (["--workers", "0"], ValueError, "workers is 0"),
+        (["--mixture", "nope"], ValueError, "unknown mixture 'nope'"),
+        (["--name", "nope"], ValueError, "unknown dataset 'nope'"),
     ],
 )
 def test_a_wrong_call(
@@ -89,6 +91,21 @@ def test_a_wrong_call(
 ) -> None:
     with pytest.raises(error, match=message):
         cli.main([str(path), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-bad-fraction", "0.1"], "--max-bad-fraction needs --decode-frames"),
+        (["--mixture", "lara:bridge", "--name", "x"], "--name is for one"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(path), *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_own_annotations_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

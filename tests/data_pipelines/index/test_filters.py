@@ -117,3 +117,23 @@ def test_frames_that_do_not_decode_are_flagged_up_to_a_limit(
         build_index(path, "train", **options)
     with pytest.raises(ValueError, match="max_bad_fraction is 2; allowed 0 to 1"):
         build_index(path, "train", **options, max_bad_fraction=2)
+
+
+@pytest.mark.parametrize("size", [0, 5, 60])
+def test_the_first_frame_of_a_file_may_be_a_bad_one(tmp_path: Path, size: int) -> None:
+    record = tabletop_record(1, 4)
+    record["steps/observation/image"][0] = record["steps/observation/image"][0][:size]
+    path = write_tabletop(tmp_path, [record, tabletop_record(0, 4)])
+    options = {"workers": 1, "decode_frames": True}
+    with pytest.raises(ValueError, match=r"record 0: step 0, camera 'image'"):
+        build_index(path, "train", **options)
+    index = build_index(path, "train", **options, max_bad_fraction=0.2)
+    assert np.flatnonzero(index.rows["flags"] & FLAGS["bad_frame"]).tolist() == [0]
+    camera = index.header.cameras["image"]
+    assert (camera.height, camera.width) == (16, 24)
+    record["steps/observation/image"] = [b"junk"] * 4
+    path = write_tabletop(tmp_path / "none", [record])
+    with pytest.raises(ValueError, match="no frame of camera image decodes"):
+        build_index(path, "train", **options, max_bad_fraction=1.0)
+    with pytest.raises(ValueError, match="max_bad_fraction needs decode_frames"):
+        build_index(path, "train", max_bad_fraction=1.0)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,12 +14,14 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_pipelines import storage
 from data_pipelines.frames import FrameReader
 from data_pipelines.index.build import StaleIndex, build_index, open_index
 from data_pipelines.index.format import Index
 from data_pipelines.rlds.directory import Directory
 from data_pipelines.rlds.tfrecord import TFRecordFile
 from tests.data_pipelines.handmade import write_tabletop
+from tests.data_pipelines.protobuf_reader import open_split, parse
 
 SHARD = "lara_tabletop-train.tfrecord-00001-of-00002"
 
@@ -109,12 +112,12 @@ def test_a_directory_and_its_records_are_read_by_url(remote: tuple[Path, str]) -
     path, url = remote
     here, there = Directory.read(path), Directory.read(url)
     assert (there.name, there.version, there.features) == (here.name, here.version, here.features)
-    shards = there.open_split("train")
-    for shard, expected in zip(shards, here.open_split("train"), strict=True):
+    shards = open_split(there, "train")
+    for shard, expected in zip(shards, open_split(here, "train"), strict=True):
         assert [shard.read(n) for n in range(len(shard))] == [
             expected.read(n) for n in range(len(expected))
         ]
-    assert there.parse(shards[0], 1).text("episode_metadata/file_path") == ["episode_1"]
+    assert parse(there, shards[0], 1).text("episode_metadata/file_path") == ["episode_1"]
 
 
 def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
@@ -136,8 +139,30 @@ def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
 
 def test_a_server_that_fails_is_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RangeHandler, "send_head", lambda self: self.send_error(503, "try later"))
-    with pytest.raises(FileNotFoundError, match=rf"{server}/1\.0\.0/dataset_info\.json: .*503"):
-        TFRecordFile(f"{server}/1.0.0/dataset_info.json")
+    url = f"{server}/1.0.0/dataset_info.json"
+    for call in (TFRecordFile, storage.size, storage.exists, storage.read_text):
+        with pytest.raises(OSError, match=rf"{url} cannot be read: .*503") as caught:
+            call(url)
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_server_that_does_not_answer_is_no_missing_dataset(server: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/1.0.0"
+    with pytest.raises(OSError, match=rf"{url}/\S+ cannot be read: .*onnect") as caught:
+        build_index(url, "train")
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_server_without_ranges_is_named(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tabletop(tmp_path)
+    monkeypatch.setattr(RangeHandler, "send_head", SimpleHTTPRequestHandler.send_head)
+    size = (path / SHARD).stat().st_size
+    with pytest.raises(ValueError, match=rf"{SHARD}: {size} bytes came when 9 at 5 .*whole files"):
+        storage.read_range(f"{server}/1.0.0/{SHARD}", 5, 9)
 
 
 def test_a_remote_file_that_changed_makes_the_index_stale(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.lerobot.layouts import LAYOUTS
 from tests.data_pipelines.lerobot.videos import HEIGHT, WIDTH, write_video
 
 FPS = 5
@@ -27,6 +28,12 @@ V3_PATHS = {
 }
 # v3.0: the episodes of each data file and of each video file, which need not agree.
 DATA_FILES, VIDEO_FILES = ((0, 1, 2), (3,)), ((0, 1), (2, 3))
+
+
+def with_left_out(numbers: Sequence[int]) -> dict[int, str]:
+    """TASKS under these numbers, and others under those that LaRA-VLA's Bridge set leaves out."""
+    others = LAYOUTS["bridge_lara"].without_tasks - set(numbers)
+    return dict(zip(numbers, TASKS, strict=True)) | {task: f"task {task}" for task in others}
 
 
 def number(episode: int, step: int, camera: int) -> int:

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipelines.annotate.readers import EpisodeName
 from data_pipelines.frames import FrameReader
 from data_pipelines.index.build import index_source
 from data_pipelines.index.format import Index
-from data_pipelines.lerobot.rlds import converted_spec, episodes_as_rlds, rlds_features
+from data_pipelines.lerobot.rlds import converted_spec, rlds_episodes, rlds_features
 from data_pipelines.lerobot.source import LeRobotSource
 from data_pipelines.rlds.source import RldsSource
 from data_pipelines.rlds.writer import write_dataset
@@ -27,14 +29,14 @@ from tests.data_pipelines.lerobot.videos import HEIGHT, WIDTH, barcode, number_o
 
 def converted(source: LeRobotSource, folder: Path) -> Index:
     """The index of the source's conversion."""
-    features, episodes = episodes_as_rlds(source)
+    shards = range(len(source.shard_episodes))
     directory = write_dataset(
         folder / "rlds",
         name="converted",
         version="1.0.0",
         description="",
-        features=features,
-        splits={"train": episodes},
+        features=rlds_features(source),
+        splits={"train": chain.from_iterable(rlds_episodes(source, shard) for shard in shards)},
     )
     spec = replace(converted_spec(source), name="converted")
     rlds = RldsSource.read(directory, "train", definitions={"converted": spec})
@@ -65,8 +67,10 @@ def test_round_trip(tmp_path: Path, version: str, write: Callable[..., Path]) ->
 
 
 def test_left_out_tasks_stay_out_and_success_stays(tmp_path: Path) -> None:
-    tasks = dict(zip((0, 11, 3, 4), sets.TASKS, strict=True))
-    root = sets.write_set(tmp_path / "bridge", tasks=tasks, modality=sets.BRIDGE_MODALITY)
+    tasks = sets.with_left_out((0, 11, 3, 4))
+    root = sets.write_set(
+        tmp_path / "bridge_orig_lerobot", tasks=tasks, modality=sets.BRIDGE_MODALITY
+    )
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["next.success"] = {"dtype": "bool", "shape": [1], "names": None}
     sets.write_json(root / "meta/info.json", info)
@@ -114,7 +118,9 @@ class ThreeBoxes:
 
     fingerprint = "three"
 
-    def episode(self, key: str, number: int) -> dict[int, Annotation]:
+    description = "three"
+
+    def episode(self, name: EpisodeName) -> dict[int, Annotation]:
         return {2: Annotation(boxes=((0.0, 0.0, 1.0, 1.0),) * 3)}
 
 
@@ -122,7 +128,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
     root = sets.write_set(tmp_path / "bridge", modality=sets.BRIDGE_MODALITY)
     source = LeRobotSource.read(root, provider=ThreeBoxes())
     with pytest.raises(ValueError, match=r"episode 0, step 2: 3 boxes; at most 2"):
-        list(episodes_as_rlds(source)[1])
+        list(rlds_episodes(source, 0))
 
     def with_feature(key: str, **feature: object) -> LeRobotSource:
         info = json.loads((root / "meta/info.json").read_text())

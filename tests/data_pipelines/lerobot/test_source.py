@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.frames import FrameReader
-from data_pipelines.index.build import build_index, index_source
+from data_pipelines.index import cli
+from data_pipelines.index.build import index_source
 from data_pipelines.index.format import Index
 from data_pipelines.lerobot import is_lerobot
 from data_pipelines.lerobot import source as source_module
@@ -110,16 +111,45 @@ def test_the_layouts_of_the_release(bridge_index: Index, tmp_path: Path) -> None
 
 def test_tasks_that_the_release_leaves_out_are_counted(tmp_path: Path) -> None:
     assert len(LAYOUTS["bridge_lara"].without_tasks) == 21
-    tasks = dict(zip((0, 11, 3, 4), TASKS, strict=True))
-    root = sets.write_bridge(tmp_path / "bridge", tasks=tasks)
+    tasks = sets.with_left_out((0, 11, 3, 4))
+    root = sets.write_bridge(tmp_path / "bridge_orig_lerobot", tasks=tasks)
     for episode in (1, 3):  # left out, so not even looked at
         (root / f"videos/chunk-000/{sets.BRIDGE[0]}/episode_{episode:06d}.mp4").write_bytes(b"-")
     index = index_of(LeRobotSource.read(root, "all"), tmp_path / "i")
     assert index.episodes["record"].tolist() == [0, 2]
-    assert index.header.counts["empty_episodes"] == 2
+    assert index.header.counts["empty_episodes"] == 0
+    assert index.header.counts["left_out_episodes"] == 2
+    assert index.episodes["number"].tolist() == [0, 2]
     assert index.header.counts["dropped_steps"] == LENGTHS[1] + LENGTHS[3]
     # Steps of annotations are those of the episode's own number, whatever was left out before it.
     assert index.annotation(LENGTHS[0]) == Annotation(subtask="subtask 2.0", motion="motion 2.0")
+
+
+@pytest.mark.parametrize(
+    ("folder", "tasks"),
+    [
+        ("my_bridge", sets.with_left_out((0, 11, 3, 4))),  # the same numbers by chance
+        ("bridge_orig_lerobot", dict(zip((0, 11, 3, 4), TASKS, strict=True))),
+    ],
+)
+def test_tasks_of_other_data_sets_are_kept(
+    tmp_path: Path, folder: str, tasks: dict[int, str]
+) -> None:
+    """Numbers of tasks mean something in the release's own set only."""
+    root = sets.write_bridge(tmp_path / folder, tasks=tasks)
+    index = index_of(LeRobotSource.read(root, "all"), tmp_path / "i")
+    assert index.spec.name == "bridge_lara"
+    assert index.header.counts["left_out_episodes"] == 0
+    assert index.episodes["record"].tolist() == [0, 1, 2, 3]
+
+
+def test_left_out_episodes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = sets.with_left_out((0, 11, 3, 4))
+    root = sets.write_bridge(tmp_path / "bridge_orig_lerobot", tasks=tasks)
+    assert cli.main([str(root), "--split", "train", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["left_out_episodes"] == 1
+    assert "; 1 episodes that its definition leaves out" in err
 
 
 def test_order_of_modality_entries(tmp_path: Path) -> None:
@@ -279,6 +309,11 @@ def video_at_another_rate(root: Path) -> None:
     write_video(root / VIDEO, range(40), fps=4)
 
 
+def without_shape(info: dict) -> dict:
+    del info["features"]["action"]["shape"]
+    return info
+
+
 def images_in_parquet(info: dict) -> dict:
     info["features"][sets.BRIDGE[0]]["dtype"] = "image"
     return info
@@ -297,8 +332,43 @@ def images_in_parquet(info: dict) -> dict:
         (
             edit("meta/info.json", lambda info: {k: v for k, v in info.items() if k != "fps"}),
             ValueError,
-            r"info.json has no field fps",
+            r"info.json: 'fps' should be steps a second, above 0; got None",
         ),
+        (edit("meta/info.json", lambda info: []), ValueError, r"info.json should be .*object; got"),
+        (
+            edit("meta/info.json", lambda info: info | {"features": [1]}),
+            ValueError,
+            r"info.json: 'features' should be a JSON object; got \[1\]",
+        ),
+        (
+            edit("meta/info.json", lambda info: info | {"video_path": None}),
+            ValueError,
+            r"info.json: 'video_path' should be a pattern of file names; got None",
+        ),
+        (
+            edit(
+                "meta/info.json", lambda info: {k: v for k, v in info.items() if k != "video_path"}
+            ),
+            ValueError,
+            r"info.json: 'video_path' should be a pattern of file names; got None",
+        ),
+        (
+            edit("meta/info.json", without_shape),
+            ValueError,
+            r"info.json: feature 'action': 'shape' should be a list of sizes; got None",
+        ),
+        (
+            edit("meta/modality.json", lambda m: {"state": 3}),
+            ValueError,
+            r"modality.json: 'state' should be a JSON object; got 3",
+        ),
+        (
+            edit("meta/modality.json", lambda m: m | {"video": {"image_0": 3}}),
+            ValueError,
+            r"modality.json: video.image_0 should be a JSON object; got 3",
+        ),
+        (write("meta/tasks.jsonl", b"3"), ValueError, r"tasks.jsonl, line 1, should be a JSON obj"),
+        (write("meta/tasks.jsonl", b"null"), ValueError, r"tasks.jsonl, line 1, should be a JSON"),
         (
             edit("meta/info.json", lambda info: info | {"total_episodes": 5}),
             ValueError,
@@ -331,7 +401,7 @@ def images_in_parquet(info: dict) -> dict:
         (
             edit("meta/modality.json", lambda m: m | {"action": {"x": {"start": 0}}}),
             ValueError,
-            r"modality.json: an entry of 'action' has no 'end'",
+            r"modality.json: action.x: 'end' should be a number; got None",
         ),
         (remove(DATA), FileNotFoundError, r"lacks 1 of .* files: data/chunk-000/episode_000001"),
         (write(DATA, b"no parquet"), ValueError, r"episode_000001.parquet is no readable parquet"),
@@ -461,16 +531,3 @@ def test_shards_hold_whole_files_and_are_not_too_many(
     np.testing.assert_array_equal(indexes[0].actions, indexes[1].actions)
     monkeypatch.setattr(source_module, "SHARDS", 2)
     assert numbers(v2) == [[0, 1], [2, 3]]
-
-
-def test_lara_data_index_just_works(tmp_path: Path, good_bridge: Path) -> None:
-    root = shutil.copytree(good_bridge, tmp_path / "bridge")
-    index = build_index(root, "train", workers=1)
-    assert index.header.dataset == "bridge" and len(index) == sum(LENGTHS[:3])
-    assert build_index(root, "train", workers=1).header.digest == index.header.digest
-    tasks = root / "meta/tasks.jsonl"
-    tasks.write_text(tasks.read_text().replace("drawer", "cupboard"))
-    renamed = build_index(root, "train", workers=1)
-    assert "cupboard" in renamed.instruction(LENGTHS[0] + LENGTHS[1])
-    shutil.rmtree(root / "annotations")
-    assert build_index(root, "train", workers=1).annotation(1) is None

@@ -1,6 +1,7 @@
 """Frames of videos, exactly: every frame carries its number, so that a wrong one shows."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_seeking_to_the_nearest_key_frame_would_be_wrong(one_video: VideoTable) 
 def test_neighbours_and_repeats_cost_no_seek(
     one_video: VideoTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    video.close_all()
+    monkeypatch.setattr(video, "_THREAD", threading.local())  # nothing is open yet
     seeks: list[int] = []
 
     class Counting:

@@ -16,6 +16,7 @@ from data_pipelines.oxe.standardize import required_keys, standardize
 from tests.data_pipelines.oxe.cases import BY_NAME
 
 OURS = "lara_tabletop"
+LEROBOT = ("bridge_lara", "libero_lara")
 # Where the facts' label is not what the vector holds; the quirks say why.
 OTHER_STATE = {"droid": "POS_EULER", "fmb_dataset": "POS_QUAT", "mujoco_manip": "NONE"}
 
@@ -29,8 +30,8 @@ def facts(shared_dir: Path) -> dict[str, Any]:
 
 
 def test_all_datasets_are_there(facts: dict[str, Any]) -> None:
-    assert len(REGISTRY) == 76
-    assert set(REGISTRY) == {entry["name"] for entry in facts["datasets"]} | {OURS}
+    assert len(REGISTRY) == 78
+    assert set(REGISTRY) == {entry["name"] for entry in facts["datasets"]} | {OURS, *LEROBOT}
     assert all(spec.name == name for name, spec in REGISTRY.items())
 
 
@@ -118,6 +119,7 @@ def test_a_spec_survives_json(name: str) -> None:
 def test_the_fingerprint_follows_the_form_and_not_the_prose() -> None:
     spec = spec_named("toto")
     assert dataclasses.replace(spec, quirks="?").fingerprint == spec.fingerprint
+    assert dataclasses.replace(spec, name="x", folders=("y",)).fingerprint == spec.fingerprint
     assert dataclasses.replace(spec, rows=("drop_first",)).fingerprint != spec.fingerprint
     assert dataclasses.replace(spec, control_hz=30).fingerprint == spec.fingerprint
 
@@ -142,7 +144,13 @@ def test_bridge_and_tabletop_are_normalised_as_in_lara() -> None:
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("fmb", "fmb_dataset"), ("robo_set", "roboset"), ("aloha_mobile", "aloha_mobile_dataset")],
+    [
+        ("oxe_bridge", "bridge_lara"),
+        ("libero_franka", "libero_lara"),
+        ("fmb", "fmb_dataset"),
+        ("robo_set", "roboset"),
+        ("aloha_mobile", "aloha_mobile_dataset"),
+    ],
 )
 def test_a_dataset_is_found_by_its_alias(alias: str, name: str) -> None:
     assert spec_named(alias) is spec_named(name)

@@ -14,7 +14,9 @@ from tests.data_pipelines.oxe.cases import BY_NAME, CASES, made_episode
 
 
 def test_every_dataset_has_a_case() -> None:
-    assert sorted(name for case in CASES for name in case.names) == sorted(REGISTRY)
+    # What the columns of the LeRobot ones are is told by the data (`data_pipelines.lerobot`).
+    names = set(REGISTRY) - {"bridge_lara", "libero_lara"}
+    assert sorted(name for case in CASES for name in case.names) == sorted(names)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
