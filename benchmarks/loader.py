@@ -56,7 +56,10 @@ from data_pipelines.statistics import index_statistics, normalizers
 CAMERA = synthetic_bridge.SEEN[0]
 BATCH, ACTION_HORIZON, STATE_DIM = 32, 16, 8
 WARM_BATCHES = 2  # of a turn, not counted
-PROMPT_TOKENS = 64
+NO_TOKENS = {
+    **{f"{segment}_ids": np.zeros(64, np.int32) for segment in ("prefix", "suffix")},
+    **{name: np.zeros(64, bool) for name in ("prefix_mask", "suffix_mask", "loss_mask")},
+}
 STATISTICS_STEPS = 100  # of an episode
 TFDATA = ("lanczos", "decode", "features", "parse")
 TFDATA_PLAIN = ("decode", "features")  # of tfds, without resize
@@ -103,14 +106,7 @@ class Results:
 
 def prompt(instruction: str, annotation: object) -> dict[str, np.ndarray]:
     """No tokenizer: the same empty segments for every sample."""
-    ids, mask = np.zeros(PROMPT_TOKENS, np.int32), np.zeros(PROMPT_TOKENS, bool)
-    return {
-        "prefix_ids": ids,
-        "prefix_mask": mask,
-        "suffix_ids": ids,
-        "suffix_mask": mask,
-        "loss_mask": mask,
-    }
+    return NO_TOKENS
 
 
 def make_loader(indexes: Sequence[Index], *, next_frames: bool, threads: int = 0) -> Loader:

@@ -84,11 +84,14 @@ class Part:
         }
 
 
-def entries(path: str, *, mixture: str = "", definitions: str = "") -> tuple[Entry, ...]:
+def entries(
+    path: str, *, name: str = "", mixture: str = "", definitions: str = ""
+) -> tuple[Entry, ...]:
     """The datasets that a recipe names.
 
     Args:
       path: of the dataset; with a mixture, of the folder that holds its datasets.
+      name: of the definition of the one dataset at `path`; empty for what its files say.
       mixture: its name; empty for the one dataset at `path`.
       definitions: a TOML file with datasets and mixtures besides the built-in ones; empty for none.
 
@@ -97,7 +100,9 @@ def entries(path: str, *, mixture: str = "", definitions: str = "") -> tuple[Ent
       ValueError: an unknown mixture, several versions of a dataset, or two datasets in one folder.
     """
     if not mixture:
-        return (Entry(path=path),)
+        return (Entry(path=path, name=name or None),)
+    if name:
+        raise ValueError(f"a name ({name!r}) is of one dataset; mixture {mixture!r} has its own")
     datasets, mixtures = load_definitions(definitions) if definitions else ({}, {})
     chosen = mixture_named(mixture, mixtures)
     found: dict[str, Entry] = {}

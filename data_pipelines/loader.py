@@ -26,7 +26,6 @@ from absl import flags
 from data_pipelines.mixture import MixtureSource
 from data_pipelines.permutation import uniform
 from lara_jax.batch import Batch
-from lara_jax.tokenizers.prompt import Annotation
 from lara_jax.transforms import Normalizer
 
 # (instruction, annotation) -> prefix_ids, prefix_mask, suffix_ids, suffix_mask, loss_mask; it is

@@ -159,6 +159,7 @@ class DataConfig:
     Attributes:
       path: directory or URL of a dataset (an RLDS/TFDS version directory, or a LeRobot one); with
         `mixture`, of the folder that holds its datasets by name.
+      name: of the dataset's definition, where its files do not say the right one; empty otherwise.
       mixture: name of a mixture, built in or from `definitions`; empty for the dataset at `path`.
       definitions: TOML file with datasets and mixtures of one's own; empty for none.
       index_dir: folder or URL that holds the datasets' indexes, each in NAME/SPLIT; they are then
@@ -185,6 +186,7 @@ class DataConfig:
     """
 
     path: str = ""
+    name: str = ""
     mixture: str = ""
     definitions: str = ""
     index_dir: str = ""

@@ -38,7 +38,9 @@ def open_mixture(recipe: Recipe, split: str) -> MixtureSource:
     data, model = recipe.data, recipe.model
     if not data.path:
         raise ValueError("config.data.path is empty: give --config.data.path=DIRECTORY")
-    chosen = catalog.entries(data.path, mixture=data.mixture, definitions=data.definitions)
+    chosen = catalog.entries(
+        data.path, name=data.name, mixture=data.mixture, definitions=data.definitions
+    )
     sources = []
     for entry in chosen:
         read = catalog.split_of(entry.path, split, held_out=data.eval_split)

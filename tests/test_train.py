@@ -37,6 +37,8 @@ OVERRIDES = (
     "log.every_steps=1",
     "data.batch_size=4",
     "model.dropout=0.2",
+    "ema.decay=0.9",
+    "optimizer.moments=bfloat16_first",
 )
 
 

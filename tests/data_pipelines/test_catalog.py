@@ -40,6 +40,15 @@ def test_one_dataset_is_where_it_is_said_to_be() -> None:
     assert catalog.entries("gs://b/x/1.0.0") == (Entry(path="gs://b/x/1.0.0"),)
 
 
+def test_one_dataset_may_go_by_another_definition() -> None:
+    (entry,) = catalog.entries("/data/libero_10/1.0.0", name="libero_10_no_noops")
+    assert entry.name == "libero_10_no_noops"
+    with pytest.raises(
+        ValueError, match=r"a name \('mine'\) is of one dataset; mixture 'lara:bridge' has"
+    ):
+        catalog.entries("/data", name="mine", mixture="lara:bridge")
+
+
 def test_datasets_of_a_mixture_are_found_by_name_or_alias(tmp_path: Path, definitions: str) -> None:
     fake(tmp_path, "lara_tabletop/1.0.0", "fmb/0.0.1")
     found = catalog.entries(str(tmp_path), mixture="mine:two", definitions=definitions)

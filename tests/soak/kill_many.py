@@ -34,7 +34,6 @@ from tests.soak import tiny
 REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 4
 EVERY_STEPS = 3
-SAVES = 4  # a kill during a save comes within so many of a process
 CLOCK = ("samples_per_second", "data_wait_fraction", "mfu", "device_memory_gb")
 CHILD = """
 import sys
@@ -88,6 +87,14 @@ class Run:
         lines = self.ids.read_text().splitlines() if self.ids.is_file() else []
         return {int(step): ids for step, _, ids in (line.partition(": ") for line in lines)}
 
+    def taken(self) -> int:
+        """The step of the newest batch that a process has taken."""
+        return max(self.batches(), default=0)
+
+    def newest(self) -> int:
+        """The newest checkpoint."""
+        return max(files.steps(self.root), default=0)
+
     def rows(self) -> list[dict[str, str]]:
         """The metrics without what depends on the clock."""
         with (self.workdir / "metrics.csv").open() as stream:
@@ -111,39 +118,41 @@ def wait_for_save(run: Run, process: subprocess.Popen[bytes], number: int) -> No
         time.sleep(0.001)
 
 
-def wait_until(end: float, process: subprocess.Popen[bytes]) -> None:
-    """Returns at a time of the clock, or when the process has ended."""
-    while time.monotonic() < end and process.poll() is None:
+def wait_until(run: Run, process: subprocess.Popen[bytes], end: float, steps: int) -> None:
+    """Returns at a time of the clock, after so many steps, or when the process has ended."""
+    most = run.newest() + steps
+    while time.monotonic() < end and run.taken() < most and process.poll() is None:
         time.sleep(0.01)
 
 
-def kill_until(run: Run, kills: int, seed: int, window_seconds: float) -> dict[str, Any]:
+def kill_often(run: Run, kills: int, seed: int, window: tuple[float, int]) -> dict[str, Any]:
     """Runs, and kills so many times; then lets it end.
 
     Args:
       run: not started yet.
       kills: how many.
       seed: of the random times.
-      window_seconds: kills that do not wait for a save come within this time.
+      window: seconds and steps of a process, one of which a kill comes within.
 
     Returns:
       Counts.
     """
     draw = random.Random(seed)
     saving, lost = 0, []
+    seconds, steps = window
     for kill in range(kills):
-        process = run.start()
+        started, process = time.time(), run.start()
         if kill % 2:
-            wait_for_save(run, process, draw.randint(1, SAVES))
+            wait_for_save(run, process, draw.randint(1, max(1, steps // EVERY_STEPS)))
             time.sleep(draw.uniform(0, 0.05))
         else:
-            wait_until(time.monotonic() + draw.uniform(0, window_seconds), process)
+            wait_until(run, process, time.monotonic() + draw.uniform(0, seconds), steps)
         if process.poll() is not None:
             raise SystemExit(f"the run ended after {kill} kills:\n{run.told()[-2000:]}")
         process.kill()
         process.wait()
-        saving += bool(run.being_written())
-        lost.append(max(run.batches(), default=0) - max(files.steps(run.root), default=0))
+        saving += any(path.stat().st_mtime >= started for path in run.being_written())
+        lost.append(run.taken() - run.newest())
     if run.start().wait() != 0:
         raise SystemExit(run.told()[-2000:])
     return {
@@ -188,7 +197,8 @@ def soak(folder: Path, *, kills: int, seed: int, model: str, samples: int, secon
         raise SystemExit(quiet.told()[-2000:])
     whole = time.monotonic() - start
     run = Run(folder / "killed", data, **settings)
-    counts = kill_until(run, kills, seed, 2 * startup)
+    steps = samples // BATCH // (kills + 1)  # so that the run is not over before the last kill
+    counts = kill_often(run, kills, seed, (2 * startup, steps))
     return counts | {
         "steps": samples // BATCH,
         "samples": samples,
