@@ -45,6 +45,7 @@ def test_loader_prints_its_table(repository: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     assert "tf.data is left out" in run.stderr

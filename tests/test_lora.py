@@ -216,7 +216,7 @@ print("done")
 @pytest.mark.slow
 def test_the_mesh_changes_nothing(repository: Path, tmp_path: Path) -> None:
     data = write_tabletop(tmp_path / "lara_tabletop")
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", MESHES, str(data), str(tmp_path)],
         cwd=repository,

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,8 @@ def test_scores_are_a_row_each_and_cut_back_like_metrics(tmp_path: Path, kind: s
             scores = {("a", "loss_token"): float(step), ("b", "loss_token"): 0.5 + start}
             writer.write_scores(kind, step, "explicit", scores)
         writer.close()
+        # TensorBoard tells event files of one process apart by the second.
+        time.sleep(1.01)
     rows = read(tmp_path, kind)
     assert tuple(rows[0]) == SCORE_COLUMNS
     assert [tuple(row.values()) for row in rows] == [

@@ -135,7 +135,10 @@ print("done")
 
 
 def test_on_eight_devices(repository: Path) -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     run = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
         cwd=repository,

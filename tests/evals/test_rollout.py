@@ -159,10 +159,13 @@ def idle_workdir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     class Policy:
         latent_slots = 3
+        views = ("primary",)
 
         @classmethod
-        def from_workdir(cls, workdir: Path, *, latent_slots: int | None) -> "Policy":
-            assert workdir == tmp_path
+        def from_workdir(
+            cls, workdir: Path, *, latent_slots: int | None, dataset: str | None
+        ) -> "Policy":
+            assert workdir == tmp_path and dataset is None
             policy = cls()
             policy.latent_slots = 3 if latent_slots is None else latent_slots
             return policy
