@@ -186,7 +186,7 @@ def run(name, steps, devices, mesh):
         f"data.path={data}", "train.stages=action", f"train.steps={steps}", "data.batch_size=8",
         "lora.rank=4", "lora.patterns=text/*_proj/kernel", "ema.decay=0.5",
         "optimizer.groups=({'name': 'tower', 'patterns': ('vision/*',), 'freeze': True},)",
-        "optimizer.epsilon=1e-3", "optimizer.warmup_fraction=0", "optimizer.final_rate=1e-3",
+        "optimizer.epsilon=1e-2", "optimizer.warmup_fraction=0", "optimizer.final_rate=1e-3",
         "checkpoint.every_steps=2", "log.every_steps=1",
     ])
     return train.train(recipe, workdir / name)
@@ -201,7 +201,7 @@ average = many.ema["lora"]["text"]["layers"]["attn"]["q_proj"]["kernel"]
 for tree in (kernel, moments, average):
     assert tree["a"].addressable_shards[0].data.size == tree["a"].size // 2, tree["a"].sharding
     assert tree["b"].addressable_shards[0].data.size == tree["b"].size // 4, tree["b"].sharding
-assert float(np.abs(kernel["b"]).max()) > 1e-4
+assert float(np.abs(kernel["b"]).max()) > 1e-5
 assert set(many.opt_state["backbone"].mu) == {"lora"}
 for name in ("params", "ema"):
     flat, _ = jax.tree_util.tree_flatten_with_path(getattr(one, name))

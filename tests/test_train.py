@@ -144,7 +144,7 @@ def test_training_on_real_robot_data_lowers_every_loss(
     process = start(repository, environment, tmp_path, bridge, overrides)
     _, log = process.communicate()
     assert process.returncode == 0, log
-    assert "bridge_dataset: 200 steps of train, weight 1; 50 stored steps are not trained on" in log
+    assert "bridge_dataset: 200 steps, 25 episodes of train, weight 1; 50 stored steps" in log
     for name in ("loss_token", "loss_visual", "loss_action"):
         values = [float(row[name]) for row in rows(tmp_path) if row[name]]
         assert len(values) in (20, 40)
