@@ -9,6 +9,7 @@ Every error names the file or URL.
 
 import os
 import posixpath
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def exists(path: PathLike) -> bool:
         try:
             # Unless it is strict, a server that does not answer is one that has not got the file.
             return bool(system.exists(name, strict=True))
-        except Exception as error:
+        except _remote_errors() as error:
             if getattr(error, "status", None) in _NOT_FOUND:
                 return False
             raise
@@ -204,10 +205,26 @@ def naming(path: PathLike) -> Iterator[None]:
     except ValueError as error:
         known = os.fspath(path) in str(error)
         raise ValueError(str(error) if known else f"{os.fspath(path)}: {error}") from error
-    except Exception as error:  # the libraries behind fsspec raise classes that only they know
+    except _remote_errors() as error:
         if isinstance(error, OSError) and os.fspath(path) in str(error):
             raise
         raise _failed(path, error) from error
+
+
+# What the libraries behind fsspec raise besides OSError, by the module that defines it.
+_CLIENT_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+
+
+def _remote_errors() -> tuple[type[Exception], ...]:
+    """OSError and those of the libraries that are loaded: another one cannot have raised any."""
+    loaded = {module: names for module, names in _CLIENT_ERRORS.items() if module in sys.modules}
+    own = [getattr(sys.modules[module], name) for module in loaded for name in loaded[module]]
+    return OSError, *own
 
 
 # HTTP's answers that mean "there is none"; a bucket's server says 403 where it may not list.

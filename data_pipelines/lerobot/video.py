@@ -19,6 +19,7 @@ with long groups are better converted to RLDS before training (`data_pipelines.l
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -160,11 +161,10 @@ def read_frame(path: str, pts: int, keyframe_pts: int) -> np.ndarray:
     decoders: OrderedDict[str, _Decoder] = _THREAD.__dict__.setdefault("decoders", OrderedDict())
     decoder = decoders.pop(path, None) or _Decoder(path)
     # Kept only if it works: a decoder that failed stands at an unknown place.
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(decoder.close)
         image = decoder.read(pts, keyframe_pts)
-    except BaseException:
-        decoder.close()
-        raise
+        on_failure.pop_all()
     decoders[path] = decoder
     if len(decoders) > OPEN_FILES_PER_THREAD:
         decoders.popitem(last=False)[1].close()

@@ -1,6 +1,8 @@
 """Files by path and by URL: the same answers, and errors that name the file."""
 
 import os
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,16 +83,26 @@ def test_an_unknown_scheme_names_the_url() -> None:
         storage.exists("nowhere://b/x")
 
 
-class CloudError(Exception):
-    """Of a class that only the cloud's library knows."""
+class HttpError(Exception):
+    """As gcsfs has it: of no class that Python knows."""
 
 
-def test_other_errors_become_os_errors_that_name_the_url() -> None:
+def test_a_clients_own_errors_become_os_errors_that_name_the_url(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("gcsfs.retry")
+    module.HttpError = HttpError  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", module)
     with (
-        pytest.raises(OSError, match=r"gs://b/x cannot be read: CloudError: 503"),
+        pytest.raises(OSError, match=r"gs://b/x cannot be read: HttpError: 503"),
         storage.naming("gs://b/x"),
     ):
-        raise CloudError("503")
+        raise HttpError("503")
+
+
+def test_a_mistake_of_ours_stays_what_it_is() -> None:
+    with pytest.raises(TypeError, match=r"^mine$"), storage.naming("gs://b/x"):
+        raise TypeError("mine")
 
 
 @pytest.mark.parametrize(
