@@ -9,6 +9,7 @@ and instruction, over and over::
     lanczos    episodes of tfds, frames left encoded; steps flattened; decoded; Lanczos, antialiased
                to 224 px: what the usual Open-X loaders do
     decode     the same without the resize
+    bilinear   features, then brought to 224 px by tf.image.resize's plain setting
     features   episodes of tfds, which decodes that camera itself; steps flattened
     parse      no tfds: the records parsed for these four features only, steps flattened, decoded
 """
@@ -18,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 os.environ.update(CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="3")
 
@@ -88,21 +90,22 @@ def _decode(step):
     return {**step, "image": tf.io.decode_jpeg(step["image"], channels=3)}
 
 
-def _resize(step):
-    size = (RESIZED_PX, RESIZED_PX)
-    image = tf.image.resize(step["image"], size, method="lanczos3", antialias=True)
+def _resize(step, **settings):
+    image = tf.image.resize(step["image"], (RESIZED_PX, RESIZED_PX), **settings)
     return {**step, "image": tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)}
 
 
 def _batches(variant: str, path: str) -> Iterator[object]:
     """Endless batches of a variant."""
-    if variant == "features":
+    if variant in ("features", "bilinear"):
         steps = _steps(_episodes(path, decode=True))
     elif variant == "parse":
         steps = _parsed(path).map(_decode)
     else:
         steps = _steps(_episodes(path, decode=False)).map(_decode)
     if variant == "lanczos":
+        steps = steps.map(partial(_resize, method="lanczos3", antialias=True))
+    elif variant == "bilinear":
         steps = steps.map(_resize)
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -73,7 +73,7 @@ class FrameReader:
             for number, place in enumerate(places):
                 encoded[number] = self._encoded(camera, place)
             for number, data in enumerate(encoded):
-                self._put(camera, _decode(data, self.size, outs[number]), outs[number])
+                self._put(camera, _decode(data, outs[number]), outs[number])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.where(camera, frames[number])}: {error}") from error
         except _BROKEN as error:
@@ -211,15 +211,11 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _decode(
-    data: bytes, size: tuple[int, int] | None = None, out: np.ndarray | None = None
-) -> np.ndarray:
+def _decode(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """An encoded frame's pixels.
 
     Args:
       data: as of `decode_image`.
-      size: (height, width) that is wanted, px. Of a larger JPEG come the fewest pixels that are not
-        fewer and that the DCT's scaling (by eighths) gives, which saves most of the decoding.
       out: uint8[H, W, 3], memory to use; a JPEG of that size is decoded in place.
 
     Returns:
@@ -230,27 +226,18 @@ def _decode(
             with Image.open(io.BytesIO(data)) as image:
                 return np.asarray(image.convert("RGB"))
         try:
-            pixels = _decode_jpeg(data, size, out)
+            pixels = _decode_jpeg(data, out)
         except ValueError:
             # `out` is too small; or the data is broken, which shows again.
-            pixels = _decode_jpeg(data, size, None)
+            pixels = _decode_jpeg(data, None)
         return out if out is not None and pixels.shape == out.shape else pixels
     except _BROKEN as error:
         raise ValueError(f"the frame cannot be decoded ({error})") from error
 
 
-def _decode_jpeg(data: bytes, size: tuple[int, int] | None, out: np.ndarray | None) -> np.ndarray:
+def _decode_jpeg(data: bytes, out: np.ndarray | None) -> np.ndarray:
     """uint8[H', W', 3], in the memory of `out` if it is given."""
-    height, width = size or (0, 0)  # 0: no scaling
-    return simplejpeg.decode_jpeg(
-        data,
-        "RGB",
-        fastdct=True,
-        fastupsample=False,
-        min_height=height,
-        min_width=width,
-        buffer=out,
-    )
+    return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=False, buffer=out)
 
 
 def _is_jpeg(data: bytes) -> bool:

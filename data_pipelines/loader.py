@@ -176,52 +176,6 @@ class Loader:
     def dataset(self, batches: int = _ENDLESS) -> grain.experimental.ElasticIterator:
         """The grain dataset behind `iterate`: this host's part of so many batches, as dicts of
         arrays with an axis of 1 in front."""
-        return self._chain(self.source.locate, batches, spoken=self._spoken)
-
-    def normalized_chunks(self, count: int) -> np.ndarray:
-        """The action chunks of the first `count` samples of the stream, a fair sample of the data:
-        float32[count, C, A], normalised."""
-        return self._numbers(*self.source.locate(np.arange(count)))["actions"]
-
-    def epoch(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Every step of every set once, in order, for evaluation.
-
-        Yields:
-          This host's part of a batch, and bool[B / hosts], True at rows to count: the last batch is
-          filled up with the last step.
-        """
-        steps = self.source.steps
-        numbers = np.arange(-(-steps // self.batch_size) * self.batch_size)
-        batches = numbers.reshape(-1, self.batch_size)[:, self.host_rows]
-        dataset = self._chain(
-            lambda n: self.source.in_order(np.minimum(n, steps - 1)), len(batches)
-        )
-        for batch, rows in zip(self._batches(iter(dataset)), batches, strict=True):
-            yield batch, rows < steps
-
-    def batch_of(self, datasets: np.ndarray, numbers: np.ndarray) -> Batch:
-        """A batch of chosen steps, read here and now, for evaluation.
-
-        Args:
-          datasets, numbers: int[B] each, the set of each row and the number of the step in it.
-        """
-        arrays = self._arrays(self._numbers(datasets, numbers))
-        return Batch(**{"next_images": arrays["images"], **arrays})
-
-    def _chain(
-        self,
-        locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-        batches: int,
-        *,
-        spoken: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> grain.experimental.ElasticIterator:
-        """Parts of batches dealt to hosts, made arrays ahead of time.
-
-        Args:
-          locate: as `MixtureSource.locate`.
-          batches: how many there are.
-          spoken: from positions to bool; None for no row.
-        """
         number, hosts = self.host
         workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
         if self.num_workers and not flags.FLAGS.is_parsed():
@@ -235,8 +189,7 @@ class Loader:
             turn, first = block
             cards = first + deal * (turn * together + np.arange(together))
             positions = rows * cards[:, None] + np.arange(rows)
-            samples = self._numbers(*locate(positions.ravel()))
-            return samples if spoken is None else samples | {"spoken": spoken(positions.ravel())}
+            return self._stream(positions.ravel())
 
         blocks = _Latest(numbers)
 
@@ -259,6 +212,27 @@ class Loader:
             multiprocessing_options=workers if self.num_workers else None,
         )
 
+    def normalized_chunks(self, count: int) -> np.ndarray:
+        """The action chunks of the first `count` samples of the stream, a fair sample of the data:
+        float32[count, C, A], normalised."""
+        return self._numbers(*self.source.locate(np.arange(count)))["actions"]
+
+    def batch_of(self, datasets: np.ndarray, numbers: np.ndarray) -> Batch:
+        """A batch of chosen steps, read here and now, for evaluation.
+
+        Args:
+          datasets, numbers: int[B] each, the set of each row and the number of the step in it.
+        """
+        arrays = self._arrays(self._numbers(datasets, numbers))
+        return Batch(**{"next_images": arrays["images"], **arrays})
+
+    def _stream(self, positions: np.ndarray) -> dict[str, Any]:
+        """The samples at positions of the stream, normalised, and which of them are spoken."""
+        samples = self._numbers(*self.source.locate(positions))
+        if self.silent_share is not None:
+            samples["spoken"] = self._spoken(positions, self.silent_share)
+        return samples
+
     def _numbers(self, datasets: np.ndarray, numbers: np.ndarray) -> dict[str, Any]:
         """Samples as of `MixtureSource.samples`, normalised."""
         samples = self.source.samples(datasets, numbers, self.state_dim)
@@ -276,12 +250,10 @@ class Loader:
             samples["action_ids"] = self.action_tokens(actions)
         return samples
 
-    def _spoken(self, positions: np.ndarray) -> np.ndarray:
+    def _spoken(self, positions: np.ndarray, silent_share: Callable[[int], float]) -> np.ndarray:
         """bool[N], the rows at these positions of the stream that are spoken."""
-        if self.silent_share is None:
-            return np.zeros(len(positions), bool)
         numbers, place = np.unique(positions // self.batch_size, return_inverse=True)
-        shares = np.array([self.silent_share(number) for number in numbers.tolist()])
+        shares = np.array([silent_share(number) for number in numbers.tolist()])
         return uniform(self.source.seed, positions) >= shares[place]
 
     def _arrays(self, samples: dict[str, Any]) -> dict[str, np.ndarray]:

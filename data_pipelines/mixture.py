@@ -147,17 +147,6 @@ class MixtureSource:
         passes = zip(datasets.tolist(), rounds.tolist(), strict=True)
         return datasets, permuted(numbers, steps, [(self.seed, *each) for each in passes])
 
-    def in_order(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `locate`, of running numbers over all sets in order, in [0, steps)."""
-        ends = np.cumsum(self._steps)
-        datasets = np.searchsorted(ends, numbers, side="right")
-        return datasets, numbers - (ends - self._steps)[datasets]
-
-    @property
-    def steps(self) -> int:
-        """The steps of all sets."""
-        return sum(self._steps)
-
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at a position of the stream: as of `StepSource`, and `dataset`, its number."""
         (dataset,), (number,) = self.locate(np.array([position]))

@@ -13,14 +13,9 @@ import tempfile
 from pathlib import Path
 
 # Before anything imports jax: tests run on the CPU unless the caller asks for another platform, and
-# ask XLA for less optimisation there: nearly all their time is compilation. Eight devices on two
-# busy cores may wait for each other longer than XLA's usual 40 seconds.
+# ask XLA for less optimisation there: nearly all their time is compilation.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Indexes of read-only data: no test finds those of another run, or leaves its own behind.
 os.environ["LARA_JAX_CACHE"] = tempfile.mkdtemp(prefix="lara_jax_cache_")
 atexit.register(shutil.rmtree, os.environ["LARA_JAX_CACHE"], ignore_errors=True)

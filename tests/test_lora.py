@@ -1,6 +1,5 @@
 """Low-rank factors: shapes by kernel, merging, what trains, how they are split over devices."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer, trained_paths
 from lara_jax.param_tree import flat, nested
 from lara_jax.train_step import init_params
+from tests import devices
 from tests.data_pipelines.handmade import write_tabletop
 from tests.models import tiny
 
@@ -216,11 +216,10 @@ print("done")
 @pytest.mark.slow
 def test_the_mesh_changes_nothing(repository: Path, tmp_path: Path) -> None:
     data = write_tabletop(tmp_path / "lara_tabletop")
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", MESHES, str(data), str(tmp_path)],
         cwd=repository,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=devices.environment(8),
         capture_output=True,
         text=True,
     )

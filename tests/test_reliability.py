@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,8 +111,14 @@ def test_a_full_disk(
     capsys: Capture,
     disk: Callable[[], None],
 ) -> None:
+    def fill() -> None:
+        """Once the first checkpoint is written, which happens beside the training."""
+        while saved(tmp_path) != [2]:
+            time.sleep(0.01)
+        disk()
+
     with monkeypatch.context() as trouble:
-        tiny.at_step(trouble.setattr, 4, disk)
+        tiny.at_step(trouble.setattr, 4, fill)
         assert train() == 1
     assert saved(tmp_path) == [2]
     line = told(capsys)[-1]

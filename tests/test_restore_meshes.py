@@ -5,7 +5,6 @@ themselves are compared across meshes in test_train.py.
 """
 
 import csv
-import os
 import shutil
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.devices import environment
 from tests.soak import tiny
 
 SETTINGS = (
@@ -81,11 +81,10 @@ class Training:
         address: str = "",
         number: int = 0,
     ) -> None:
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         self._process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(data), address, str(number), *runs],
             cwd=repository,
-            env={**os.environ, "XLA_FLAGS": flags},
+            env=environment(devices),
             stderr=subprocess.PIPE,
             text=True,
         )

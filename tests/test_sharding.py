@@ -1,6 +1,5 @@
 """Names to mesh axes, and that a mesh's shape changes nothing."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from lara_jax import sharding
 from lara_jax.sharding import RULES, constrain, gather, make_mesh, partition_spec
+from tests import devices
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 
@@ -135,14 +135,10 @@ print("done")
 
 
 def test_on_eight_devices(repository: Path) -> None:
-    flags = {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
     run = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
         cwd=repository,
-        env={**os.environ, **flags},
+        env=devices.environment(8),
         capture_output=True,
         text=True,
     )

@@ -24,6 +24,7 @@ from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer
 from lara_jax.tokenizers.qwen import load_tokenizer
 from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
+from tests import devices
 from tests.data_pipelines.handmade import write_tabletop
 
 STEPS = 8
@@ -207,14 +208,11 @@ print("done")
 
 
 @pytest.mark.slow
-def test_the_mesh_changes_nothing(
-    repository: Path, environment: dict[str, str], data: Path, tmp_path: Path
-) -> None:
-    flags = environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+def test_the_mesh_changes_nothing(repository: Path, data: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", MESHES, str(data), str(tmp_path)],
         cwd=repository,
-        env={**environment, "XLA_FLAGS": flags},
+        env=devices.environment(8),
         capture_output=True,
         text=True,
     )

@@ -27,8 +27,6 @@ from functools import lru_cache
 
 import numpy as np
 
-PHASES = ("approach", "grasp", "move", "release", "retreat")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:

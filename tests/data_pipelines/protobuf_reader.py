@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,36 +11,37 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.rlds.directory import FLOATS, INTEGERS, Directory, Feature
-from data_pipelines.rlds.tfrecord import TFRecordFile
+from data_pipelines.rlds.tfrecord import Record, read_records, where_record
 
 
-def open_split(directory: Directory, name: str) -> tuple[TFRecordFile, ...]:
-    """The split's files, each scanned and holding the number of records that it should.
+def read_split(directory: Directory, name: str) -> list["Example"]:
+    """The parsed records of a split, in order.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: there is no such split, or a file is truncated, corrupt or has another number
-        of records.
+      ValueError: there is no such split, a record is no `tf.train.Example`, or a file is truncated,
+        corrupt or has another number of records.
     """
     directory.facts(name)
     split = directory.split(name)
-    shards = []
+    examples = []
     for path, length in zip(split.files, split.shard_lengths, strict=True):
-        shard = TFRecordFile(path)
-        if len(shard) != length:
-            raise ValueError(f"{path} has {len(shard)} records; dataset_info.json says {length}")
-        shards.append(shard)
-    return tuple(shards)
+        records = list(read_records(path))
+        if len(records) != length:
+            raise ValueError(f"{path} has {len(records)} records; dataset_info.json says {length}")
+        examples += [_parse(directory, path, record) for record in records]
+    return examples
 
 
-def parse(directory: Directory, shard: TFRecordFile, record: int) -> "Example":
-    """Reads and parses one record."""
-    where = shard.where(record)
+def _parse(directory: Directory, path: str | Path, record: Record) -> "Example":
+    where = where_record(path, record.number)
     try:
-        example = tf_example_pb2.Example.FromString(shard.read(record))
+        example = tf_example_pb2.Example.FromString(record.payload)
     except DecodeError as error:
         raise ValueError(f"{where}: not a tf.train.Example ({error})") from error
-    return Example(directory=directory, where=where, lists=example.features.feature)
+    return Example(
+        directory=directory, where=where, payload=record.payload, lists=example.features.feature
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,13 @@ class Example:
     Attributes:
       directory: where it comes from.
       where: names the record in messages.
+      payload: its bytes.
       lists: the `tf.train.Example`'s features.
     """
 
     directory: Directory
     where: str
+    payload: bytes
     lists: Mapping[str, Any]
 
     def array(self, key: str) -> np.ndarray:

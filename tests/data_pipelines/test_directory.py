@@ -17,7 +17,7 @@ from tests.data_pipelines.handmade import (
     write_directory,
     write_tabletop,
 )
-from tests.data_pipelines.protobuf_reader import Example, open_split, parse
+from tests.data_pipelines.protobuf_reader import Example, read_split
 
 
 @pytest.fixture
@@ -26,8 +26,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def first(path: Path) -> Example:
-    directory = Directory.read(path)
-    return parse(directory, open_split(directory, "train")[0], 0)
+    return read_split(Directory.read(path), "train")[0]
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -36,10 +35,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def test_the_handmade_directory_is_what_tfds_writes(path: Path) -> None:
     builder = tfds.builder_from_directory(str(path))
-    shards = open_split(Directory.read(path), "train")
-    assert builder.info.splits["train"].shard_lengths == [len(shard) for shard in shards] == [2, 1]
-    assert [Path(f) for f in builder.info.splits["train"].filepaths] == [s.path for s in shards]
-    episode = builder.info.features.deserialize_example_np(shards[0].read(1))
+    directory = Directory.read(path)
+    split, same = builder.info.splits["train"], directory.split("train")
+    assert split.shard_lengths == list(same.shard_lengths) == [2, 1]
+    assert [Path(file) for file in split.filepaths] == list(same.files)
+    examples = read_split(directory, "train")
+    episode = builder.info.features.deserialize_example_np(examples[1].payload)
     np.testing.assert_array_equal(
         [step["action"] for step in episode["steps"]], tabletop_record(1, 3)["steps/action"]
     )
@@ -62,10 +63,8 @@ def test_equals_tfds_on_real_data(shared_dir: Path) -> None:
     directory = Directory.read(shared_dir / "data/bridge_dataset/1.0.0")
     assert (directory.name, directory.version) == ("bridge_dataset", "1.0.0")
     features = tfds.builder_from_directory(str(directory.path)).info.features
-    (shard,) = open_split(directory, "val")
-    for record in range(len(shard)):
-        example = parse(directory, shard, record)
-        steps = list(features.deserialize_example_np(shard.read(record))["steps"])
+    for example in read_split(directory, "val"):
+        steps = list(features.deserialize_example_np(example.payload)["steps"])
         for key in ("action", "observation/state", "is_last", "reward"):
             names = key.split("/")
             expected = [step[names[0]][names[1]] if names[1:] else step[key] for step in steps]
@@ -98,13 +97,13 @@ def test_malformed_metadata(path: Path) -> None:
 def test_a_wrong_split_lists_the_splits(shared_dir: Path) -> None:
     directory = Directory.read(shared_dir / "data/bridge_dataset/1.0.0")
     with pytest.raises(ValueError, match=r"no split 'test'; it has: train, val"):
-        open_split(directory, "test")
+        read_split(directory, "test")
 
 
 def test_a_missing_shard(path: Path) -> None:
     (path / "lara_tabletop-train.tfrecord-00001-of-00002").unlink()
     with pytest.raises(FileNotFoundError, match=r"00001-of-00002 is missing.*2 file\(s\).*'train'"):
-        open_split(Directory.read(path), "train")
+        read_split(Directory.read(path), "train")
 
 
 def test_a_shard_with_another_number_of_records(path: Path) -> None:
@@ -114,7 +113,7 @@ def test_a_shard_with_another_number_of_records(path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"00001-of-00002 has 1 records; dataset_info\.json says 7"
     ):
-        open_split(Directory.read(path), "train")
+        read_split(Directory.read(path), "train")
 
 
 def test_other_file_templates(path: Path) -> None:
@@ -124,7 +123,7 @@ def test_other_file_templates(path: Path) -> None:
     for number in range(2):
         old = path / f"lara_tabletop-train.tfrecord-0000{number}-of-00002"
         old.rename(path / f"train-0000{number}-00002.tfrecord")
-    assert [len(shard) for shard in open_split(Directory.read(path), "train")] == [2, 1]
+    assert len(read_split(Directory.read(path), "train")) == 3
     info["splits"][0]["filepathTemplate"] = "{SPLITT}"
     edit_json(path / "dataset_info.json", splits=info["splits"])
     with pytest.raises(ValueError, match="unknown field 'SPLITT'"):
@@ -141,7 +140,7 @@ def test_a_feature_missing_from_a_record_names_the_record(tmp_path: Path) -> Non
     del record["steps/action"]
     path = write_tabletop(tmp_path, [tabletop_record(0, 4), record])
     directory = Directory.read(path)
-    example = parse(directory, open_split(directory, "train")[0], 1)
+    example = read_split(directory, "train")[1]
     with pytest.raises(
         ValueError, match=r"00000-of-00001, record 1: feature 'steps/action' is missing.*steps/is_"
     ):
@@ -172,7 +171,7 @@ def test_a_record_that_is_no_example_is_named(path: Path) -> None:
     shard.write_bytes(frame(b"not a protocol buffer"))
     directory = Directory.read(path)
     with pytest.raises(ValueError, match=r"00001-of-00002, record 0: not a tf\.train\.Example"):
-        parse(directory, open_split(directory, "train")[1], 0)
+        read_split(directory, "train")
 
 
 def test_a_compressed_tensor_is_refused(tmp_path: Path) -> None:

@@ -308,29 +308,6 @@ def test_another_stream_is_refused_unless_allowed(loader: Loader) -> None:
         position.steps(5)
 
 
-@pytest.mark.parametrize(("batch_size", "batches"), [(8, 4), (30, 1), (32, 1)])
-def test_an_evaluation_pass_counts_every_step_once(
-    loader: Loader, batch_size: int, batches: int
-) -> None:
-    expected = [
-        [dataset, row]
-        for dataset, (episodes, _) in enumerate(FIVE.values())
-        for row in range(sum(episodes))
-    ]
-    for count in (1, 2):
-        counted = []
-        loaders = hosts(dataclasses.replace(loader, batch_size=batch_size, num_threads=1), count)
-        for parts in zip(*(host.epoch() for host in loaders), strict=True):
-            batches -= count == 1
-            for batch, rows in parts:
-                assert batch.size == len(rows) == batch_size // count
-                found = ids(batch)
-                counted += [found[b] for b in np.flatnonzero(rows)]
-                assert all(found[b] == expected[-1] for b in np.flatnonzero(~rows))
-        assert counted == expected
-    assert batches == 0
-
-
 def test_a_batch_of_chosen_steps_is_the_one_that_the_stream_makes(loader: Loader) -> None:
     streamed = next(loader.iterate(2))
     places = loader.source.locate(np.arange(loader.batch_size) + 2 * loader.batch_size)

@@ -16,7 +16,7 @@ from data_pipelines.cli import main
 from data_pipelines.make_tabletop import CollectConfig, demonstrate, make_dataset
 from data_pipelines.rlds.directory import Directory
 from lara_jax.evals.tabletop import TabletopConfig, TabletopEnv
-from tests.data_pipelines.protobuf_reader import Example, open_split, parse
+from tests.data_pipelines.protobuf_reader import Example, read_split
 
 SMALL = TabletopConfig(image_size_px=32)
 FILES = {
@@ -50,8 +50,7 @@ def version_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first(version_directory: Path) -> Example:
     """The first training episode."""
-    directory = Directory.read(version_directory)
-    return parse(directory, open_split(directory, "train")[0], 0)
+    return read_split(Directory.read(version_directory), "train")[0]
 
 
 def contents(path: Path) -> dict[str, bytes]:

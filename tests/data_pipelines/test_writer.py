@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.rlds import writer
 from data_pipelines.rlds.directory import Directory, Feature
 from data_pipelines.rlds.writer import encode_episode, write_dataset
-from tests.data_pipelines.protobuf_reader import open_split, parse
+from tests.data_pipelines.protobuf_reader import read_split
 
 FEATURES = (
     Feature(
@@ -75,11 +75,7 @@ def test_tfds_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder.info.features["steps"]["observation"]["image"].shape == (16, 24, 3)
 
     directory = Directory.read(path)
-    records = [
-        shard.read(record)
-        for shard in open_split(directory, "train")
-        for record in range(len(shard))
-    ]
+    records = [example.payload for example in read_split(directory, "train")]
     assert builder.info.splits["train"].num_bytes == sum(map(len, records))
     for number, record in enumerate(records):
         values, read = episode(number), builder.info.features.deserialize_example_np(record)
@@ -98,8 +94,8 @@ def test_tfds_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_reader_reads_it(tmp_path: Path) -> None:
     directory = Directory.read(write(tmp_path))
     assert directory.features == {feature.key: feature for feature in FEATURES}
-    (shard,) = open_split(directory, "val")
-    example, values = parse(directory, shard, 0), episode(9, steps=1)
+    (example,) = read_split(directory, "val")
+    values = episode(9, steps=1)
     np.testing.assert_array_equal(example.array("steps/boxes"), values["steps/boxes"])
     assert example.text("steps/language_instruction") == ["größe 9"]
     assert example.array("episode_metadata/success") == np.False_
@@ -132,9 +128,9 @@ def test_existing_dataset_is_replaced_only_when_told(tmp_path: Path) -> None:
     path = write(tmp_path)
     with pytest.raises(ValueError, match="exists"):
         write(tmp_path, train=1)
-    assert len(open_split(Directory.read(path), "train")[0]) == 5
+    assert len(read_split(Directory.read(path), "train")) == 5
     assert write(tmp_path, train=1, overwrite=True) == path
-    assert len(open_split(Directory.read(path), "train")[0]) == 1
+    assert len(read_split(Directory.read(path), "train")) == 1
     assert [entry.name for entry in path.parent.iterdir()] == ["1.2.0"]
 
 

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds  # noqa: E402
 
 from data_pipelines.rlds import writer  # noqa: E402
 from data_pipelines.rlds.directory import Directory, Feature  # noqa: E402
-from tests.data_pipelines.protobuf_reader import open_split, parse  # noqa: E402
+from tests.data_pipelines.protobuf_reader import read_split  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -90,20 +90,18 @@ def ours(path: Path) -> list[dict[str, np.ndarray]]:
     """Each episode as our reader gives it: arrays over the steps, by key below "steps/"."""
     directory = Directory.read(path)
     episodes = []
-    for shard in open_split(directory, "train"):
-        for record in range(len(shard)):
-            example = parse(directory, shard, record)
-            values = {}
-            for feature in FEATURES:
-                key = feature.key.removeprefix("steps/")
-                if feature.kind == "tensor":
-                    values[key] = example.array(feature.key)
-                elif feature.kind == "text":
-                    values[key] = np.array(example.encoded(feature.key), object)
-                else:  # TensorFlow's decoder uses libjpeg's fast transform
-                    jpegs = example.encoded(feature.key)
-                    values[key] = np.stack([simplejpeg.decode_jpeg(x, fastdct=True) for x in jpegs])
-            episodes.append(values)
+    for example in read_split(directory, "train"):
+        values = {}
+        for feature in FEATURES:
+            key = feature.key.removeprefix("steps/")
+            if feature.kind == "tensor":
+                values[key] = example.array(feature.key)
+            elif feature.kind == "text":
+                values[key] = np.array(example.encoded(feature.key), object)
+            else:  # TensorFlow's decoder uses libjpeg's fast transform
+                jpegs = example.encoded(feature.key)
+                values[key] = np.stack([simplejpeg.decode_jpeg(x, fastdct=True) for x in jpegs])
+        episodes.append(values)
     return episodes
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from data_pipelines.lerobot.rlds import converted_spec, rlds_episodes, rlds_feat
 from data_pipelines.lerobot.source import LeRobotSource
 from data_pipelines.oxe.registry import REGISTRY, load_definitions
 from data_pipelines.rlds.directory import Directory
-from data_pipelines.rlds.tfrecord import TFRecordFile
+from data_pipelines.rlds.tfrecord import read_records
 from tests.data_pipelines.lerobot import sets
 
 SPLITS = ("train", "valid")
@@ -49,9 +50,12 @@ def test_equals_what_one_process_writes(sources: dict[str, LeRobotSource], tmp_p
     directory = Directory.read(folder)
     assert set(directory.features.values()) == set(rlds_features(sources["train"]))
     for split, source in sources.items():
-        files = [TFRecordFile(folder / path.name) for path in directory.splits[split].files]
+        files = [
+            [record.payload for record in read_records(folder / path.name)]
+            for path in directory.splits[split].files
+        ]
         assert tuple(map(len, files)) == directory.splits[split].shard_lengths
-        assert [file.read(n) for file in files for n in range(len(file))] == [
+        assert list(chain(*files)) == [
             episode
             for shard in range(len(source.shard_episodes))
             for episode in rlds_episodes(source, shard)

@@ -21,7 +21,7 @@ from tests.data_pipelines.handmade import (
     write_directory,
     write_tabletop,
 )
-from tests.data_pipelines.protobuf_reader import open_split, parse
+from tests.data_pipelines.protobuf_reader import read_split
 
 SHARD = "lara_tabletop-train.tfrecord-00000-of-00002"
 MINE = """
@@ -75,10 +75,9 @@ def test_an_index_holds_what_the_records_hold(path: Path) -> None:
 def test_equals_protobuf_and_standardize_on_real_data(shared_dir: Path, tmp_path: Path) -> None:
     directory = Directory.read(shared_dir / "data/bridge_dataset/1.0.0")
     index = build_index(directory.path, "train", tmp_path / "train", workers=1)
-    (shard,), reader = open_split(directory, "train"), FrameReader(index)
-    assert index.header.counts["episodes"] == len(shard) == 25
-    for number, episode in enumerate(index.episodes):
-        example = parse(directory, shard, number)
+    examples, reader = read_split(directory, "train"), FrameReader(index)
+    assert index.header.counts["episodes"] == len(examples) == 25
+    for number, (example, episode) in enumerate(zip(examples, index.episodes, strict=True)):
         raw: dict[str, Any] = {}
         for key in required_keys(index.spec):
             feature = directory.feature(f"steps/{key}")

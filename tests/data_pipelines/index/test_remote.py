@@ -19,9 +19,9 @@ from data_pipelines.frames import FrameReader
 from data_pipelines.index.build import StaleIndex, build_index, open_index
 from data_pipelines.index.format import Index
 from data_pipelines.rlds.directory import Directory
-from data_pipelines.rlds.tfrecord import TFRecordFile
+from data_pipelines.rlds.tfrecord import stored_crcs
 from tests.data_pipelines.handmade import write_tabletop
-from tests.data_pipelines.protobuf_reader import open_split, parse
+from tests.data_pipelines.protobuf_reader import read_split
 
 SHARD = "lara_tabletop-train.tfrecord-00001-of-00002"
 
@@ -112,12 +112,9 @@ def test_a_directory_and_its_records_are_read_by_url(remote: tuple[Path, str]) -
     path, url = remote
     here, there = Directory.read(path), Directory.read(url)
     assert (there.name, there.version, there.features) == (here.name, here.version, here.features)
-    shards = open_split(there, "train")
-    for shard, expected in zip(shards, open_split(here, "train"), strict=True):
-        assert [shard.read(n) for n in range(len(shard))] == [
-            expected.read(n) for n in range(len(expected))
-        ]
-    assert parse(there, shards[0], 1).text("episode_metadata/file_path") == ["episode_1"]
+    found, expected = read_split(there, "train"), read_split(here, "train")
+    assert [example.payload for example in found] == [example.payload for example in expected]
+    assert found[1].text("episode_metadata/file_path") == ["episode_1"]
 
 
 def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
@@ -129,7 +126,7 @@ def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-3])
     with pytest.raises(ValueError, match=rf"{url}/{SHARD}, record 0: truncated"):
-        TFRecordFile(f"{url}/{SHARD}")
+        stored_crcs(f"{url}/{SHARD}")
     with pytest.raises(ValueError, match=rf"{url}/{SHARD}, record 0: truncated"):
         build_index(url, "train", tmp_path / "index", workers=1)
     file.unlink()
@@ -140,7 +137,7 @@ def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
 def test_a_server_that_fails_is_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RangeHandler, "send_head", lambda self: self.send_error(503, "try later"))
     url = f"{server}/1.0.0/dataset_info.json"
-    for call in (TFRecordFile, storage.size, storage.exists, storage.read_text):
+    for call in (stored_crcs, storage.size, storage.exists, storage.read_text):
         with pytest.raises(OSError, match=rf"{url} cannot be read: .*503") as caught:
             call(url)
         assert not isinstance(caught.value, FileNotFoundError)
