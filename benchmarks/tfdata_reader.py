@@ -9,7 +9,7 @@ and instruction, over and over::
     lanczos    episodes of tfds, frames left encoded; steps flattened; decoded; Lanczos, antialiased
                to 224 px: what the usual Open-X loaders do
     decode     the same without the resize
-    bilinear   features, then brought to 224 px by tf.image.resize's plain setting
+    bilinear   features, then tf.image.resize's plain setting
     features   episodes of tfds, which decodes that camera itself; steps flattened
     parse      no tfds: the records parsed for these four features only, steps flattened, decoded
 """
@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 
 os.environ.update(CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="3")
 
@@ -28,7 +27,7 @@ import tensorflow_datasets as tfds
 
 BATCH = 32
 WARM_BATCHES = 2
-RESIZED_PX = 224
+RESIZED = (224, 224)  # px
 CAMERA = "image_0"
 
 
@@ -90,9 +89,13 @@ def _decode(step):
     return {**step, "image": tf.io.decode_jpeg(step["image"], channels=3)}
 
 
-def _resize(step, **settings):
-    image = tf.image.resize(step["image"], (RESIZED_PX, RESIZED_PX), **settings)
+def _lanczos(step):
+    image = tf.image.resize(step["image"], RESIZED, method="lanczos3", antialias=True)
     return {**step, "image": tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)}
+
+
+def _bilinear(step):
+    return {**step, "image": tf.cast(tf.image.resize(step["image"], RESIZED), tf.uint8)}
 
 
 def _batches(variant: str, path: str) -> Iterator[object]:
@@ -104,9 +107,9 @@ def _batches(variant: str, path: str) -> Iterator[object]:
     else:
         steps = _steps(_episodes(path, decode=False)).map(_decode)
     if variant == "lanczos":
-        steps = steps.map(partial(_resize, method="lanczos3", antialias=True))
+        steps = steps.map(_lanczos)
     elif variant == "bilinear":
-        steps = steps.map(_resize)
+        steps = steps.map(_bilinear)
     options = tf.data.Options()
     options.autotune.enabled = False
     options.threading.private_threadpool_size = 1
