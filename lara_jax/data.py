@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from data_pipelines import catalog
 from data_pipelines.loader import Loader, Prompt
 from data_pipelines.mixture import MixtureSource
@@ -144,8 +146,14 @@ def fast_tokenizer(
         fast = FastTokenizer.load(recipe.tokenizer.fast_path)
     else:
         chunks = make_loader(recipe, source, statistics, _no_prompt).normalized_chunks(FAST_CHUNKS)
+        extremes = (
+            normalizers(of)[0].normalize(np.array([of.action.min, of.action.max]))
+            for of in statistics.values()
+        )
         fast = FastTokenizer.fit(
-            list(chunks), vocab_size=min(recipe.tokenizer.fast_vocabulary, room)
+            list(chunks),
+            vocab_size=min(recipe.tokenizer.fast_vocabulary, room),
+            reach=max(1.0, *(float(np.abs(values).max()) for values in extremes)),
         )
     if fast.vocab_size > room:
         raise ValueError(

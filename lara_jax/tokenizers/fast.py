@@ -72,17 +72,22 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, chunks: Sequence[np.ndarray], scale: float = 10, vocab_size: int = 1024
+        cls,
+        chunks: Sequence[np.ndarray],
+        scale: float = 10,
+        vocab_size: int = 1024,
+        reach: float = 1.0,
     ) -> "FastTokenizer":
         """Learns the BPE from example chunks; the same chunks give the same tokenizer.
 
-        Every coefficient that occurs has a character, and so has every one that a chunk in [-1, 1]
-        of this length can have, so that new chunks can be written too.
+        Every coefficient that occurs has a character, and so has every one that a chunk of this
+        length in [-reach, reach] can have, so that new chunks can be written too.
 
         Args:
           chunks: float32[C, A] each, normalised; lengths may differ.
           scale: as above.
           vocab_size: number of tokens, characters included; fewer if the chunks give no more.
+          reach: the largest absolute value of any chunk that may come.
 
         Raises:
           ValueError: no chunks, values that are not finite, or more characters than tokens.
@@ -91,14 +96,15 @@ class FastTokenizer:
             raise ValueError("FAST: no chunks to fit to")
         quantised = [_quantise(np.asarray(chunk)[None], scale)[0] for chunk in chunks]
         # The constant component of a chunk of ones is sqrt(C); no other component is larger.
-        bound = round(scale * math.sqrt(max(len(chunk) for chunk in chunks)))
+        bound = round(scale * reach * math.sqrt(max(len(chunk) for chunk in chunks)))
         lowest = min(-bound, *(int(values.min()) for values in quantised))
         highest = max(bound, *(int(values.max()) for values in quantised))
         characters = highest - lowest + 1
         if characters > vocab_size:
             raise ValueError(
                 f"FAST: coefficients {lowest}..{highest} at scale {scale} take {characters} "
-                f"characters; vocab_size is {vocab_size}"
+                f"characters; vocab_size is {vocab_size}. Actions within [-1, 1] (normalised with "
+                f"q99 or min_max) take fewest"
             )
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.decoder = tokenizers.decoders.Fuse()

@@ -241,6 +241,18 @@ def test_unwritable_chunks_are_refused(
         fast.encode(chunk)
 
 
+def test_whatever_is_within_reach_can_be_written() -> None:
+    fitted_to = [np.zeros((HORIZON, DIM), np.float32)]
+    extreme = np.full((HORIZON, DIM), -3, np.float32)
+    extreme[::2, 1] = 3
+    with pytest.raises(ValueError, match="cannot write them all"):
+        FastTokenizer.fit(fitted_to).encode(extreme)
+    wide = FastTokenizer.fit(fitted_to, reach=3)
+    np.testing.assert_allclose(wide.decode(wide.encode(extreme)), extreme, atol=0.2)
+    with pytest.raises(ValueError, match=r"take 8001 characters.* \(normalised with q99"):
+        FastTokenizer.fit([np.zeros((16, 7))], reach=100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
