@@ -40,4 +40,5 @@ def get_config() -> ConfigDict:
     config.data.prefix_tokens = 192
 
     config.checkpoint.every_steps = 2000
+    config.eval.every_steps = 1000
     return config.lock()

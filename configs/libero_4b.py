@@ -39,4 +39,5 @@ def get_config() -> ConfigDict:
     config.data.prefix_tokens = 256
 
     config.checkpoint.every_steps = 5000
+    config.eval.every_steps = 1000
     return config.lock()

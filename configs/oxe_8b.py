@@ -46,4 +46,5 @@ def get_config() -> ConfigDict:
     config.augment.hue = 0.05
 
     config.checkpoint.every_steps = 5000
+    config.eval.every_steps = 2500
     return config.lock()

@@ -115,7 +115,7 @@ def losses(workdir: Path) -> np.ndarray:
     return np.array([[float(row["loss"]), float(row["gradient_norm"])] for row in rows])
 
 
-MESHES = ("1x1x1", "8x1x1", "2x4x1", "1x4x2")  # data x fsdp x tensor
+MESHES = ("1x1x1", "8x1x1", "2x4x1", "4x2x1", "1x4x2")  # data x fsdp x tensor
 
 
 @pytest.mark.slow
