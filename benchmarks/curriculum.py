@@ -1,0 +1,97 @@
+"""Whether the curriculum helps: three stages against the last one alone, on the built-in data.
+
+    python benchmarks/curriculum.py --json [--seeds 3] [--steps 500] [--folder DIR]
+
+Both ways take the same number of steps of the debug recipe, with the same batches, learning rates
+and seeds; what differs is what the steps before the last stage teach. In the end both are asked for
+the action chunks of held-out episodes.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WAYS = {"three_stages": "explicit,latent_3,action", "action_alone": "action"}
+# metric of eval.csv -> name here, and its value there -> value here
+METRICS = {
+    "position_m": ("position_mm", lambda x: 1e3 * x),
+    "rotation_rad": ("rotation_mrad", lambda x: 1e3 * x),
+    "gripper_accuracy": ("gripper_wrong_percent", lambda x: 100 * (1 - x)),
+    "loss_flow": ("flow_loss", lambda x: x),
+}
+
+
+def lara(*arguments: str) -> None:
+    """Runs a command of ours; what it says goes to standard error."""
+    command = [sys.executable, "-m", "lara_jax.cli", *arguments]
+    subprocess.run(command, cwd=REPOSITORY, stdout=sys.stderr, check=True)
+
+
+def final_errors(workdir: Path) -> dict[str, float]:
+    """The last evaluation of a run, by the names of `METRICS`."""
+    with (workdir / "eval.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    last = max(int(row["step"]) for row in rows)
+    values = {row["metric"]: float(row["value"]) for row in rows if int(row["step"]) == last}
+    return {name: scaled(values[metric]) for metric, (name, scaled) in METRICS.items()}
+
+
+def run(folder: Path, seeds: int, steps: int, episodes: int) -> dict[str, list[float]]:
+    """Trains all, and gives each error by seed."""
+    data = folder / "data" / "lara_tabletop" / "1.0.0"
+    if not (data / "dataset_info.json").is_file():
+        out = str(folder / "data")
+        lara("data", "make-tabletop", "--episodes", str(episodes), "--workers", "2", "--out", out)
+    results: dict[str, list[float]] = {}
+    runs = [(seed, way) for seed in range(seeds) for way in WAYS]
+    for seed, way in tqdm(runs, desc="runs", file=sys.stderr):
+        workdir = folder / f"{way}_{steps}_{seed}"
+        settings = {
+            "data.path": data,
+            "seed": seed,
+            "train.steps": steps,
+            "train.stages": WAYS[way],
+            "eval.every_steps": steps,
+            "eval.batches": 16,
+        }
+        overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+        lara("train", "--config", "configs/debug.py", "--workdir", str(workdir), *overrides)
+        for name, value in final_errors(workdir).items():
+            results.setdefault(f"{way}_{name}", []).append(value)
+    one, other = WAYS
+    for name, _ in METRICS.values():
+        pairs = zip(results[f"{one}_{name}"], results[f"{other}_{name}"], strict=True)
+        results[f"{one}_over_{other}_{name}"] = [a / b for a, b in pairs]
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500, help="of each run, over all stages")
+    parser.add_argument("--episodes", type=int, default=200, help="of the built-in data")
+    parser.add_argument("--folder", type=Path, help="keeps data and runs; a temporary one else")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="lara_benchmark_") as temporary:
+        folder = arguments.folder or Path(temporary)
+        results = run(folder.resolve(), arguments.seeds, arguments.steps, arguments.episodes)
+    for name, values in results.items():
+        line = {"name": name, "value": statistics.median(values), "seeds": values}
+        seeds = "  ".join(f"{value:.4g}" for value in values)
+        print(json.dumps(line) if arguments.json else f"{name:52} {line['value']:>8.4g}  ({seeds})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

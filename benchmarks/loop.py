@@ -1,0 +1,129 @@
+"""What a training step takes beside the jitted function: data, log, checks, everything.
+
+    python benchmarks/loop.py --json [--rounds 5] [--steps 60]
+
+`lara train` of the debug recipe's last stage on made-up data, a row a step, against the same jitted
+step over and over on one batch that lies on the device. Both take turns in one process and compile
+once. A machine without an accelerator computes the step with the cores that read the data, too:
+what is measured there is an upper bound.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import synthetic_bridge
+
+from lara_jax import sharding, train
+from lara_jax.checkpoint import CheckpointStore
+from lara_jax.config import Recipe, load_recipe
+from lara_jax.optimizer import make_optimizer
+from lara_jax.train_step import init_state, logical_axes, make_train_step
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "debug.py"
+TOGETHER = 10  # steps timed together, and between two lines of the log
+
+
+def alone(recipe: Recipe, workdir: Path) -> Iterator[float]:
+    """Milliseconds of the jitted step on one batch, without end."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with contextlib.closing(CheckpointStore(workdir, recipe.checkpoint)) as store:
+        info, source = train.open_data(recipe, workdir, store)
+    (lesson,) = train.make_lessons(recipe, info, source)
+    optimizer = make_optimizer(recipe)
+    init = partial(init_state, lesson.model, optimizer, recipe)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = train.state_shardings(mesh, shapes, logical_axes(lesson.model))
+    rows = sharding.batch_sharding(mesh, lesson.spec)
+    with jax.set_mesh(mesh):
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+        step = jax.jit(
+            make_train_step(lesson.model, optimizer, lesson.stage, recipe, datasets=1),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
+        batches = lesson.batches(0)
+        batch = sharding.put(next(batches), rows)
+        batches.close()  # type: ignore[attr-defined]  # its threads end
+    while True:
+        with jax.set_mesh(mesh):
+            state, _ = jax.block_until_ready(step(state, batch))
+            start = time.perf_counter()
+            for _ in range(TOGETHER):
+                state, _ = step(state, batch)
+            jax.block_until_ready(state)
+        yield 1e3 * (time.perf_counter() - start) / TOGETHER
+
+
+def in_loop(recipe: Recipe, workdir: Path) -> float:
+    """Milliseconds of a step of a new run: the median of its log's lines but the first."""
+    train.train(recipe, workdir)
+    with (workdir / "metrics.csv").open(encoding="utf-8") as stream:
+        rates = [float(row["samples_per_second"]) for row in csv.DictReader(stream)][1:]
+    return statistics.median(1e3 * recipe.data.batch_size / rate for rate in rates)
+
+
+def run(work: Path, rounds: int, steps: int, rows: int) -> dict[str, list[float]]:
+    """All measurements, by name."""
+    jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
+    settings = {
+        "data.path": synthetic_bridge.open_or_write(work / "data", 2),
+        "data.batch_size": rows,
+        "train.stages": "action",
+        "train.steps": steps,
+        "checkpoint.every_steps": steps,
+        "log.every_steps": TOGETHER,
+    }
+    recipe = load_recipe(RECIPE, [f"{key}={value}" for key, value in settings.items()])
+    step = alone(recipe, work / "alone")
+    results: dict[str, list[float]] = {
+        "step_ms_alone": [],
+        "step_ms_in_loop": [],
+        "overhead_percent": [],
+    }
+    for number in range(rounds):
+        before = [next(step) for _ in range(steps // TOGETHER // 2)]
+        loop = in_loop(recipe, work / f"run_{number}")
+        after = [next(step) for _ in range(steps // TOGETHER // 2)]
+        bare = statistics.median(before + after)
+        for values, value in zip(
+            results.values(), (bare, loop, 100 * (loop / bare - 1)), strict=True
+        ):
+            values.append(value)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="of a run")
+    parser.add_argument("--rows", type=int, default=1, help="of a batch: how long a step takes")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="lara_benchmark_") as work:
+        results = run(Path(work), arguments.rounds, arguments.steps, arguments.rows)
+    for name, values in results.items():
+        line = {
+            "name": name,
+            "value": statistics.median(values),
+            "minimum": min(values),
+            "maximum": max(values),
+        }
+        text = "{name:20} {value:>8.4g}  ({minimum:.4g} .. {maximum:.4g})".format(**line)
+        print(json.dumps(line) if arguments.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
