@@ -1,11 +1,15 @@
 """The benchmarks run and print what they promise; speed itself is nothing to test here."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.soak import tiny
 
 NAMES = {
     "jpeg_kilobytes_mean",
@@ -75,3 +79,62 @@ def test_checkpoint_prints_its_table(repository: Path) -> None:
     for name, line in lines.items():
         assert 0 < line["minimum"] <= line["value"] <= line["maximum"], name
     assert 0.001 < lines["checkpoint_gb_0.001gb"]["value"] < 0.0015
+
+
+@pytest.fixture
+def scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks can be imported, as they import each other."""
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_loop_prints_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With networks that compile in a moment."""
+    tiny.use_tiny_model(monkeypatch.setattr)
+    assert importlib.import_module("loop").main(["--json", "--rounds", "2", "--steps", "20"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {line["name"]: line for line in lines}
+    assert set(found) == {"step_ms_alone", "step_ms_in_loop", "overhead_percent"}
+    for line in lines:
+        assert line["minimum"] <= line["value"] <= line["maximum"]
+    assert found["overhead_percent"]["value"] > 0  # a loop takes more than its step
+
+
+@pytest.mark.usefixtures("scripts")
+def test_curriculum_compares_by_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With made-up runs: which commands are given, and what is made of their evaluations."""
+    curriculum: Any = importlib.import_module("curriculum")
+    commands = []
+
+    def lara(*arguments: str) -> None:
+        commands.append(arguments)
+        if arguments[0] == "train":
+            (seed,) = (int(word[-1]) for word in arguments if word.startswith("--config.seed="))
+            alone = "--config.train.stages=action" in arguments
+            workdir = Path(arguments[arguments.index("--workdir") + 1])
+            workdir.mkdir()
+            rows = [(5, "position_m", 9.0), (10, "position_m", (seed + 1) * (2 if alone else 1))]
+            rows += [(10, "rotation_rad", 0.5), (10, "gripper_accuracy", 0.75)]
+            rows += [(10, "loss_flow", 1 + alone)]
+            lines = [f"{step},action,lara_tabletop,{name},{value}" for step, name, value in rows]
+            table = "\n".join(["step,stage,dataset,metric,value", *lines])
+            (workdir / "eval.csv").write_text(table)
+
+    monkeypatch.setattr(curriculum, "lara", lara)
+    assert (
+        curriculum.main(["--json", "--seeds", "3", "--steps", "10", "--folder", str(tmp_path)]) == 0
+    )
+    assert [command[0] for command in commands] == ["data"] + ["train"] * 6
+    lines = {
+        line.pop("name"): line for line in map(json.loads, capsys.readouterr().out.splitlines())
+    }
+    assert lines["three_stages_position_mm"] == {"value": 2000, "seeds": [1000, 2000, 3000]}
+    assert lines["action_alone_gripper_wrong_percent"]["value"] == 25
+    ratio = "three_stages_over_action_alone"
+    assert lines[f"{ratio}_position_mm"]["seeds"] == [0.5, 0.5, 0.5]
+    assert lines[f"{ratio}_flow_loss"]["value"] == 0.5
+    assert lines[f"{ratio}_rotation_mrad"]["value"] == 1
