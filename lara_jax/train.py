@@ -131,7 +131,9 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 log.advance(metrics)
                 store.check()
                 evaluate = held_out and held_out.due(step, lesson.end)
-                if save or evaluate or step % recipe.log.every_steps == 0:
+                # A row is of one stage.
+                ends = step == lesson.end
+                if save or evaluate or ends or step % recipe.log.every_steps == 0:
                     values = log.write(step, lesson.stage, metrics)
                 if held_out and evaluate:
                     with log.paused():

@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lara_jax import run_log
+from lara_jax import run_log, train
 from lara_jax.config import Recipe, load_recipe
 from lara_jax.run_log import Log
+from tests.soak import tiny
 
 ROWS = 4
 
@@ -137,3 +138,26 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -
         devices = [SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
         monkeypatch.setattr(run_log.jax, "local_devices", lambda devices=devices: devices)
         assert run_log.device_memory_gb() == gigabytes
+
+
+def test_a_row_is_of_one_stage(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a stage ends between two rows that are due."""
+    tiny.use_tiny_model(monkeypatch.setattr)
+    settings = {
+        "data.path": tiny.write_data(tmp_path / "data", 4),
+        "data.batch_size": 4,
+        "train.steps": 6,
+        "train.stages": "latent_1,action",
+        "stages.latent_1.share": 1,
+        "stages.action.share": 1,
+        "log.every_steps": 2,
+        "checkpoint.every_steps": 6,
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    train.train(load_recipe(repository / "configs" / "debug.py", overrides), tmp_path / "run")
+    rows = [(row["step"], row["stage"]) for row in read(tmp_path / "run", "metrics")]
+    assert rows == [("2", "latent_1"), ("3", "latent_1"), ("4", "action"), ("6", "action")]
+    losses = {(row["stage"], row["metric"]) for row in read(tmp_path / "run", "datasets")}
+    assert losses == {("latent_1", "loss_token"), ("action", "loss_action")}

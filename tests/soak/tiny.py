@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lara_jax import checkpoint_files, train, train_step
+from lara_jax import checkpoint_files, losses, train, train_step
 from lara_jax.batch import Batch
+from lara_jax.curriculum import Stage
 from tests.data_pipelines.handmade import tabletop_record, write_tabletop
 
 SetAttribute = Callable[[Any, str, Any], None]
@@ -54,15 +55,29 @@ def init_params(model: Any, rng: jax.Array) -> Any:
 
 
 def stage_loss(
-    params: Any, teacher: Any, batch: Batch, draws: Any, *_: Any, **__: Any
+    params: Any,
+    teacher: Any,
+    batch: Batch,
+    draws: Any,
+    dropout: Any,
+    divisors: Any,
+    model: Any,
+    stage: Stage,
+    recipe: Any,
+    *,
+    datasets: int,
 ) -> tuple[jax.Array, Any]:
-    """The distance of all parameters from what samples and noise say."""
+    """The distance of all parameters from what samples and noise say, called what the stage has."""
+    del dropout, divisors, model, recipe
     place = jnp.arange(1.0, 1 + len(batch.sample_id)) * jnp.sin(1.0 * batch.sample_id)
     goal = place.mean() + batch.actions.mean() + draws.noise.mean()
     if teacher is not None:
         goal += teacher["kernel"].mean()
-    loss = sum(jnp.mean((leaf - goal) ** 2) for leaf in jax.tree.leaves(params))
-    return jnp.asarray(loss), {"loss": loss, "by_dataset": {}}
+    loss = jnp.asarray(sum(jnp.mean((leaf - goal) ** 2) for leaf in jax.tree.leaves(params)))
+    name = "action" if stage.action_weight else "token"
+    rows = losses.Sum(jnp.full(batch.size, loss), jnp.ones(batch.size))
+    parts = {name: losses.by_dataset(rows, batch, datasets)}
+    return loss, {"loss": loss, f"loss_{name}": loss, "by_dataset": parts}
 
 
 def at_step(set_attribute: SetAttribute, number: int, trouble: Callable[[], None]) -> None:
