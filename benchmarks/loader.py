@@ -11,9 +11,11 @@ sides::
     decoder          frames in memory -> pixels, nothing else
     ours             the loader, one camera, 16 actions a sample, batches of 32, one frame a sample
     ours_two_frames  the same with the next frame
+    ours_resized     as ours, each frame brought to 224 px on the host, bicubic and antialiased
     tfdata_*         `tfdata_reader.py`, in an environment that has TensorFlow
 
-Ours yields frames as they are stored, since they are resized on device. tf.data is measured with
+Ours yields frames as they are stored, since they are resized on device; only where sets of
+different sizes share a batch must the host do it (`data.frame_px`). tf.data is measured with
 its usual resize (`lanczos`), with its cheapest (`bilinear`, called plain in the ratios) and with
 none (`unresized`), so that what it pays for the resize shows. No loader that decodes with
 libjpeg-turbo, as all of these do, can be faster than `decoder`: over the last no more is to be had
@@ -62,6 +64,7 @@ NO_TOKENS = {
     **{f"{segment}_ids": np.zeros(64, np.int32) for segment in ("prefix", "suffix")},
     **{name: np.zeros(64, bool) for name in ("prefix_mask", "suffix_mask", "loss_mask")},
 }
+RESIZED = (224, 224)  # px, as tf.data's sides
 STATISTICS_STEPS = 100  # of an episode
 TFDATA = ("lanczos", "bilinear", "decode", "features", "parse")
 TFDATA_UNRESIZED = ("decode", "features")  # of tfds
@@ -111,14 +114,28 @@ def prompt(instruction: str, annotation: object) -> dict[str, np.ndarray]:
     return NO_TOKENS
 
 
-def make_loader(indexes: Sequence[Index], *, next_frames: bool, threads: int = 0) -> Loader:
-    """The loader over these datasets, equally weighted, with threads beside the one that asks."""
+def make_loader(
+    indexes: Sequence[Index],
+    *,
+    next_frames: bool,
+    size: tuple[int, int] | None = None,
+    threads: int = 0,
+) -> Loader:
+    """The loader over these datasets, equally weighted, with threads beside the one that asks.
+
+    Args:
+      indexes: of the datasets.
+      next_frames: whether each sample has two frames.
+      size: (height, width) in px that frames are brought to; None for none.
+      threads: see above.
+    """
     sources = tuple(
         StepSource(
             index=index,
             views=(CAMERA,),
             action_horizon=ACTION_HORIZON,
             next_frames=next_frames,
+            image_size=size,
         )
         for index in indexes
     )
@@ -331,7 +348,9 @@ def derive(results: Results) -> None:
     ours, decoder = "ours_frames_per_second", "decoder_frames_per_second"
     results.ratio("ours_over_decoder", ours, decoder)
     results.ratio("ours_two_frames_over_decoder", "ours_two_frames_frames_per_second", decoder)
-    results.ratio("ours_over_tfdata_lanczos", ours, "tfdata_lanczos_steps_per_second")
+    lanczos = "tfdata_lanczos_steps_per_second"
+    results.ratio("ours_over_tfdata_lanczos", ours, lanczos)
+    results.ratio("ours_resized_over_tfdata_lanczos", "ours_resized_frames_per_second", lanczos)
     results.ratio("ours_over_tfdata_plain", ours, "tfdata_bilinear_steps_per_second")
     unresized = [f"tfdata_{variant}_steps_per_second" for variant in TFDATA_UNRESIZED]
     results.ratio("ours_over_tfdata_unresized", ours, *unresized)
@@ -349,10 +368,12 @@ def run(arguments: argparse.Namespace, work: Path) -> Results:
     results.add("jpeg_kilobytes_mean", float(lengths.mean()) / 1000)
     with tfdata_sides(arguments.tensorflow_python, data) as tfdata:
         one, two = (our_side(make_loader([index], next_frames=frames)) for frames in (False, True))
+        resized = our_side(make_loader([index], next_frames=False, size=RESIZED))
         sides: Mapping[str, Side] = {
             "decoder_frames_per_second": decoder_side(index),
             "ours_frames_per_second": one,
             "ours_two_frames_frames_per_second": two,
+            "ours_resized_frames_per_second": resized,
             **tfdata,
         }
         results.rounds.update({name: [] for name in sides})  # in this order

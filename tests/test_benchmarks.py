@@ -16,6 +16,7 @@ NAMES = {
     "decoder_frames_per_second",
     "ours_frames_per_second",
     "ours_two_frames_frames_per_second",
+    "ours_resized_frames_per_second",
     "ours_over_decoder",
     "ours_two_frames_over_decoder",
     "index_seconds_per_1000_episodes",
