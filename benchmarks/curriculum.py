@@ -26,7 +26,7 @@ METRICS = {
     "position_m": ("position_mm", lambda x: 1e3 * x),
     "rotation_rad": ("rotation_mrad", lambda x: 1e3 * x),
     "gripper_accuracy": ("gripper_wrong_percent", lambda x: 100 * (1 - x)),
-    "loss_flow": ("flow_loss", lambda x: x),
+    "loss_action": ("flow_loss", lambda x: x),
 }
 
 

@@ -120,7 +120,7 @@ def test_curriculum_compares_by_seed(
             workdir.mkdir()
             rows = [(5, "position_m", 9.0), (10, "position_m", (seed + 1) * (2 if alone else 1))]
             rows += [(10, "rotation_rad", 0.5), (10, "gripper_accuracy", 0.75)]
-            rows += [(10, "loss_flow", 1 + alone)]
+            rows += [(10, "loss_action", 1 + alone)]
             lines = [f"{step},action,lara_tabletop,{name},{value}" for step, name, value in rows]
             table = "\n".join(["step,stage,dataset,metric,value", *lines])
             (workdir / "eval.csv").write_text(table)
