@@ -39,6 +39,7 @@ from jax.experimental import multihost_utils
 from lara_jax import checkpoint_files as files
 from lara_jax.checkpoint_files import JSON_ITEMS, find, steps
 from lara_jax.config import CheckpointConfig, Recipe, recipe_from_dict, recipe_to_dict
+from lara_jax.lora import LORA
 
 # A state of 60 GB on a slow disk takes its time.
 SAVE_TIMEOUT_SECONDS = 3600
@@ -363,29 +364,28 @@ def load_average(directory: str | Path, step: int | None = None) -> dict[str, An
       FileNotFoundError: there is no such checkpoint.
       ValueError: a file of it is damaged.
     """
-    folder = find(directory, step)
-    if not (folder / "training").is_dir():
-        return None
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = reader.metadata(folder / "training").tree.get("ema")
-        if saved is None:
-            return None
-        _undamaged(folder, ["training"])
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {"ema": saved})
-        arguments = ocp.args.PyTreeRestore(
-            {"ema": saved}, restore_args=as_numpy, partial_restore=True
-        )
-        return reader.restore(folder / "training", args=arguments)["ema"]
+    return _read_part(find(directory, step), "training", "ema")
+
+
+def load_factors(directory: str | Path, step: int | None = None) -> dict[str, Any] | None:
+    """The low-rank factors among the parameters, as NumPy arrays; None where there are none.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a file of it is damaged.
+    """
+    return _read_part(find(directory, step), "params", LORA)
 
 
 def restore_params(directory: str | Path, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters, each where the abstract tree's sharding says and as precise.
+    """The networks' parameters, each where the abstract tree's sharding says and as precise.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ValueError: a file of it is damaged, or names or shapes are not those of the abstract tree.
     """
-    return _read_tree(_undamaged(find(directory, step), ["params"]) / "params", abstract_params)
+    folder = _undamaged(find(directory, step), ["params"]) / "params"
+    return _read_tree(folder, abstract_params, leave=[LORA])
 
 
 def load_info(directory: str | Path, step: int | None = None) -> RunInfo:
@@ -507,6 +507,22 @@ def _read_fields(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     if unused := sorted(have - abstract.keys()):
         _say(f"{folder}: the run has no use for {', '.join(unused)}")
     return _read_tree(folder, abstract, leave=unused)
+
+
+def _read_part(folder: Path, item: str, name: str) -> dict[str, Any] | None:
+    """One part of an array tree as NumPy arrays; None where a checkpoint's folder has none."""
+    if not (folder / item).is_dir():
+        return None
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(folder / item).tree.get(name)
+        if saved is None:
+            return None
+        _undamaged(folder, [item])
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), {name: saved})
+        arguments = ocp.args.PyTreeRestore(
+            {name: saved}, restore_args=as_numpy, partial_restore=True
+        )
+        return reader.restore(folder / item, args=arguments)[name]
 
 
 def _read_tree(folder: Path, abstract: Any, leave: Sequence[str] = ()) -> Any:

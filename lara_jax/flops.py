@@ -158,7 +158,7 @@ def step_flops(
     cfg, rows = model_config, batch_spec.size
     if trained is None:
         trained = [network for network, part in PARTS.items() if part in TRAINED[stage.trains]]
-    trains = _Trained(trained)
+    trains = _Trained(trained, recipe.lora.rank)
     parts = _think(recipe, cfg, batch_spec, trains)
     if stage.token_weight:
         path = "text/embed_tokens" if cfg.text.tied_embeddings else "text/lm_head/kernel"
@@ -301,19 +301,25 @@ def _plain(flops: Flops) -> dict[str, Any]:
 
 
 class _Trained:
-    """Whether any parameter below one of some paths trains.
+    """Whether any parameter below one of some paths trains, or a low-rank factor of it.
 
-    A trained path may be a network's name, which is all of it, or that of a low-rank factor, which
-    needs the gradient of its kernel.
+    A trained path may be a network's name, which is all of it.
     """
 
-    def __init__(self, trained: Collection[str]) -> None:
+    def __init__(self, trained: Collection[str], rank: int = 0) -> None:
         self._trained = [path.removeprefix(f"{LORA}/") for path in trained]
+        factors = (path for path in trained if path.startswith(f"{LORA}/"))
+        self._adapted = {path.removeprefix(f"{LORA}/").rpartition("/")[0] for path in factors}
+        self._rank = rank
 
     def __call__(self, *paths: str) -> bool:
         return any(
             one.startswith(path) or path.startswith(one) for one in self._trained for path in paths
         )
+
+    def rank(self, kernel: str) -> int:
+        """Of the factors that train in the kernel's place; 0 where it has none."""
+        return self._rank if kernel in self._adapted else 0
 
 
 NOTHING = _Trained(())
@@ -327,6 +333,7 @@ class _Product:
       kind: "dense", "last" or "attention", see `FORWARD_RUNS`.
       path: of the parameter that is its second factor; "" for none.
       reads_data: whether its first factor is data, which has no gradient.
+      sizes: of one with a parameter: rows, inputs, outputs.
       flops: what it needs.
       executed: what it executes, padding included.
       gradients: of an attention: operations of its backward pass that are executed.
@@ -335,9 +342,16 @@ class _Product:
     kind: str = "dense"
     path: str = ""
     reads_data: bool = False
+    sizes: tuple[int, int, int] = (0, 0, 0)
     flops: int
     executed: int
     gradients: int = 0
+
+    def factors(self, rank: int) -> list["_Product"]:
+        """The path x A B beside it."""
+        rows, inputs, outputs = self.sizes
+        a = _dense(f"{self.path}/a", rows, inputs, rank, reads_data=self.reads_data)
+        return [a, _dense(f"{self.path}/b", rows, rank, outputs, kind=self.kind)]
 
 
 def _dense(
@@ -351,7 +365,14 @@ def _dense(
 ) -> _Product:
     """[rows, inputs] by a parameter [inputs, outputs]."""
     flops = 2 * rows * inputs * outputs
-    return _Product(kind=kind, path=path, reads_data=reads_data, flops=flops, executed=flops)
+    return _Product(
+        kind=kind,
+        path=path,
+        reads_data=reads_data,
+        sizes=(rows, inputs, outputs),
+        flops=flops,
+        executed=flops,
+    )
 
 
 def _attention(
@@ -392,8 +413,11 @@ def _work(
         if product.kind == "attention":
             model, backward = flows * 2 * product.flops, flows * product.gradients
         else:
-            factors = trains(product.path) + (flows and not product.reads_data)
-            model = backward = factors * product.flops
+            rank = trains.rank(product.path)
+            if rank:
+                total += _work(product.factors(rank), trains, flows=flows, runs=runs)
+            gradients = (trains(product.path) and not rank) + (flows and not product.reads_data)
+            model = backward = gradients * product.flops
         total += Work(product.flops + model, hardware + backward)
     return total
 

@@ -4,10 +4,10 @@
     a       [L, D, r]       random, variance 1 / D
     b       [L, r, N, H]    zero: the adapted model starts as the model itself
 
-The factors lie beside the networks, `params["lora"]["text"]...["kernel"]["a"]`, and are merged into
-the kernels before the model runs: the networks know nothing of them, and merging for good is the
-same function. What this saves is the moments, the master copy's motion and the checkpoints of a
-full fine-tune; the backward pass still forms the gradient of each adapted kernel.
+The factors lie beside the networks, `params["lora"]["text"]...["kernel"]["a"]`. A step adds their
+path to that of the kernel, x W + (alpha / rank) (x A) B, so that an adapted kernel has neither
+gradient nor moments. Policies, evaluation and export merge them into the kernels: the networks know
+nothing of them.
 
 Letters: L layers, r rank; of a kernel, I its input axes and O its output axes.
 
@@ -19,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lara_jax.optimizer_config import LoraConfig
 from lara_jax.param_tree import check_patterns, flat, matches, nested, overlay
+from lara_jax.sharding import gather
 
 LORA = "lora"
 
@@ -75,6 +77,37 @@ def adapted(params: Mapping[str, Any]) -> set[str]:
     return set(params.get(LORA, ()))
 
 
+def apply(
+    model: nn.Module, params: Mapping[str, Any], scale: float, *args: Any, **kwargs: Any
+) -> Any:
+    """`model.apply`, in which each adapted layer adds scale (x A) B to its output.
+
+    Args:
+      model: whose dense layers are `lara_jax.models.layers.dense`.
+      params: with `lora` beside the networks, or without.
+      scale: `LoraConfig.scale`.
+      args, kwargs: as `model.apply` takes them.
+    """
+    networks = {name: tree for name, tree in params.items() if name != LORA}
+    variables = {"params": networks, LORA: params.get(LORA, {})}
+    with nn.intercept_methods(partial(_add_path, scale)):
+        return model.apply(variables, *args, **kwargs)
+
+
+def _add_path(
+    scale: float, layer: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """The output of a module's method; of an adapted dense layer, with the factors' path."""
+    out = layer(*args, **kwargs)
+    module = context.module
+    if not (isinstance(module, nn.DenseGeneral) and module.has_variable(LORA, "kernel")):
+        return out
+    factors = module.get_variable(LORA, "kernel")
+    a, b = (gather(factors[name], *[None] * factors[name].ndim) for name in "ab")
+    low = jnp.tensordot(args[0].astype(out.dtype), a.astype(out.dtype), a.ndim - 1)
+    return out + scale * jnp.tensordot(low, b.astype(out.dtype), 1)
+
+
 def merged(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """The networks' parameters with the factors in their kernels.
 
@@ -97,7 +130,7 @@ def merged(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """kernel + scale * a b; every axis that is not of the product is a layer's."""
-    product = partial(jnp.tensordot, axes=1)
+    product = partial(jnp.tensordot, axes=1, precision="highest")
     for _ in range(a.ndim + b.ndim - 2 - kernel.ndim):
         product = jax.vmap(product)
     return kernel + scale * product(a, b)

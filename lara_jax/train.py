@@ -28,7 +28,13 @@ from data_pipelines.loader import Loader, Position
 from data_pipelines.mixture import MixtureSource
 from lara_jax import assemble, sharding
 from lara_jax.batch import Batch
-from lara_jax.checkpoint import CheckpointStore, RunInfo, load_info, restore_params
+from lara_jax.checkpoint import (
+    CheckpointStore,
+    RunInfo,
+    load_factors,
+    load_info,
+    restore_params,
+)
 from lara_jax.config import Recipe, load_recipe, recipe_changes, split_overrides
 from lara_jax.curriculum import Stage, silent_share, spans
 from lara_jax.data import (
@@ -41,7 +47,7 @@ from lara_jax.data import (
 )
 from lara_jax.evals.held_out import HeldOut
 from lara_jax.flops import step_flops
-from lara_jax.lora import LORA, factor_axes
+from lara_jax.lora import LORA, factor_axes, merged
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer, trained_paths
 from lara_jax.preemption import stop_requests
@@ -323,6 +329,11 @@ def first_state(
     _say(f"starting from the parameters of {source}")
     networks = {name: tree for name, tree in abstract.params.items() if name != LORA}
     params = restore_params(source, networks)
+    if factors := load_factors(source):
+        _say("its low-rank factors are merged into the kernels")
+        where = {name: shardings.params[name] for name in networks}
+        merge = jax.jit(merged, static_argnums=1, out_shardings=where)
+        params = merge(params | {LORA: factors}, load_info(source).recipe.lora.scale)
     return started_from(state.params | params, state, recipe)
 
 

@@ -22,6 +22,7 @@ the reference.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -325,11 +326,7 @@ def loss_sums(
     Args:
       dropout: random key; None for none, as in evaluation.
     """
-    networks = lora.merged(params, recipe.lora.scale)
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return model.apply({"params": networks}, *args, **kwargs)
-
+    apply = partial(lora.apply, model, params, recipe.lora.scale)
     images = assemble.image_config(recipe)
     thoughts: Thoughts = apply(*model_inputs(batch, images))
     sums: dict[str, losses.Sum] = {}

@@ -22,6 +22,7 @@ from lara_jax.checkpoint import CheckpointStore, RunInfo, load_params
 from lara_jax.config import Recipe, load_recipe
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer
+from lara_jax.optimizer_config import LoraConfig
 from lara_jax.tokenizers.qwen import load_tokenizer
 from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
 from tests import devices
@@ -350,6 +351,26 @@ def test_where_a_run_starts(prepared, tmp_path: Path, capsys: pytest.CaptureFixt
         assert int(warm.step) == 0
         jax.tree.map(np.testing.assert_array_equal, warm.params, doubled)
         jax.tree.map(np.testing.assert_array_equal, warm.teacher, doubled["vision"])
+
+    adapted = dataclasses.replace(recipe, lora=LoraConfig(rank=2, alpha=6.0))
+    kernel = doubled["text"]["layers"]["mlp"]["up_proj"]["kernel"]
+    layers, width, features = kernel.shape
+    low = {
+        "a": np.full((layers, width, 2), 0.5, np.float32),
+        "b": np.ones((layers, 2, features), np.float32),
+    }
+    factors = {"text": {"layers": {"mlp": {"up_proj": {"kernel": low}}}}}
+    other = CheckpointStore(tmp_path / "adapted")
+    other.save_params(
+        doubled | {"lora": factors}, RunInfo(recipe=adapted, statistics={}, tokenizer={})
+    )
+    other.close()
+    warm = first(tmp_path / "merged", str(tmp_path / "adapted"))
+    assert "its low-rank factors are merged" in capsys.readouterr().err
+    found = warm.params["text"]["layers"]["mlp"].pop("up_proj")["kernel"]
+    np.testing.assert_array_equal(found, kernel + 3 * (2 * 0.5))
+    doubled["text"]["layers"]["mlp"].pop("up_proj")
+    jax.tree.map(np.testing.assert_array_equal, warm.params, doubled)
 
     own = CheckpointStore(tmp_path / "own")
     own.save(5, random.replace(step=jnp.int32(5)), info)

@@ -26,6 +26,7 @@ from lara_jax.train_step import (
     divisors_of,
     flow_draws,
     init_state,
+    logical_axes,
     make_train_step,
     stage_loss,
     updated,
@@ -254,8 +255,8 @@ def lora_start() -> TrainState:
 
 
 def test_an_adapted_model_is_the_merged_one():
-    """W + scale A B gives the losses of a kernel into which it was merged."""
-    settings = recipe(**RANK)
+    """x W + scale (x A) B gives the losses of W + scale A B, in every dense layer."""
+    settings = recipe(**RANK | {"lora.patterns": "*"})
     draws = flow_draws(jax.random.key(1), batch(), model().config.expert.noise_draws)
     divisors = divisors_of(batch(), model())
 
@@ -264,7 +265,10 @@ def test_an_adapted_model_is_the_merged_one():
         args = batch(), draws, jax.random.key(2), divisors, model(), ALL, settings
         return stage_loss(params, lora_start().teacher, *args)[1]
 
-    adapted = lora_start().params
+    networks = {n: tree for n, tree in lora_start().params.items() if n != lora.LORA}
+    key = jax.random.key(3)
+    factors = lora.init_factors(networks, logical_axes(model()), settings.lora, key)
+    adapted = networks | {lora.LORA: jax.tree.map(lambda x: x + 0.05, factors)}
     merged = lora.merged(adapted, settings.lora.scale)
     nothing = jax.tree.map(jnp.zeros_like, adapted["lora"])
     expected = losses(merged | {"lora": nothing})

@@ -205,6 +205,11 @@ def _normalizers(info: RunInfo, dataset: str | None) -> tuple[Normalizer, Normal
     """Of actions and of states, as the run has used them for a dataset."""
     statistics = statistics_from_dict(info.statistics)
     known = ", ".join(sorted(statistics))
+    if not statistics:
+        raise ValueError(
+            "the checkpoint holds no statistics of actions and states, as imported weights do not: "
+            "train from it first (config.init.path)"
+        )
     if dataset is None and len(statistics) > 1:
         raise ValueError(f"the policy was trained on several datasets; say which of: {known}")
     name = next(iter(statistics)) if dataset is None else dataset

@@ -9,7 +9,9 @@
 
 An import makes a checkpoint of step 0 without a training state; `config.init.path` starts from it.
 What the layout does not hold (Hugging Face has no action expert) begins at random, from the
-recipe's seed. `--verify` reads the result back and reports how it compares, as a line of JSON.
+recipe's seed. An export holds what the run acts with: the average of its parameters where it keeps
+one, low-rank factors merged into their kernels. `--verify` reads the result back and reports how it
+compares, as a line of JSON.
 """
 
 import argparse

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from lara_jax.models import masks, rope
 from lara_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from lara_jax.models.attention import IMPLEMENTATIONS
-from lara_jax.models.layers import REMAT_POLICIES, remat
+from lara_jax.models.layers import COLLECTIONS, REMAT_POLICIES, remat
 from lara_jax.models.text_decoder import KeyValues, TextConfig, TextDecoder
 from lara_jax.models.vision_tower import VisionConfig, VisionFeatures, VisionTower
 from lara_jax.sharding import constrain
@@ -335,7 +335,7 @@ class LaraVLA(nn.Module):
 
         loop = nn.scan(
             remat(step, self.config.remat),
-            variable_broadcast="params",
+            variable_broadcast=COLLECTIONS,
             split_rngs={"params": False},
             in_axes=(0, 2, nn.broadcast),
             out_axes=1,

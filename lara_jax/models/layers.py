@@ -20,6 +20,9 @@ Names = tuple[str | None, ...]
 KERNEL_INIT = nn.initializers.lecun_normal()
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 
+# What a layer is made of: its parameters, and low-rank factors of its kernels (`lara_jax.lora`).
+COLLECTIONS = ("params", "lora")
+
 HOST_MEMORY = "pinned_host"
 
 # What the backward pass finds again: everything, nothing, the products with a parameter, or these
@@ -118,7 +121,7 @@ def stack(target: Any, length: int, in_axes: Any, *, out_axes: Any = 0) -> Any:
     """`nn.scan` of a layer class, parameters stacked on a leading `layers` axis."""
     return nn.scan(
         target,
-        variable_axes={"params": 0},
+        variable_axes=dict.fromkeys(COLLECTIONS, 0),
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         out_axes=out_axes,

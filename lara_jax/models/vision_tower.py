@@ -23,7 +23,14 @@ import numpy as np
 
 from lara_jax.models import rope
 from lara_jax.models.attention import attention
-from lara_jax.models.layers import EMBEDDING_INIT, dense, layer_norm, remat, stack
+from lara_jax.models.layers import (
+    COLLECTIONS,
+    EMBEDDING_INIT,
+    dense,
+    layer_norm,
+    remat,
+    stack,
+)
 from lara_jax.sharding import constrain
 
 
@@ -235,7 +242,7 @@ class VisionTower(nn.Module):
             return VisionFeatures(embeds, jnp.zeros((0, *embeds.shape), embeds.dtype))
         mergers = nn.vmap(
             PatchMerger,
-            variable_axes={"params": 0},
+            variable_axes=dict.fromkeys(COLLECTIONS, 0),
             split_rngs={"params": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -148,3 +148,5 @@ def test_a_policy_of_several_robots_is_told_which_one_it_is():
     with pytest.raises(ValueError, match="not trained on dataset 'kuka', but on: bridge_dataset"):
         Policy(several, {}, dataset="kuka")
     assert Policy(several, {}, dataset="bridge_dataset").views == ("primary",)
+    with pytest.raises(ValueError, match="holds no statistics of actions and states"):
+        Policy(dataclasses.replace(info(), statistics={}), {})
