@@ -15,7 +15,7 @@ Command    lara import --from hf Qwen3-VL-4B-Instruct ... ; lara train --config 
 from ml_collections import ConfigDict
 
 from lara_jax.config import default_config
-from lara_jax.curriculum import PAPER_ORDER, paper_stages
+from lara_jax.curriculum import PAPER_ORDER, paper_stages, pretrain_stage
 
 
 def get_config() -> ConfigDict:
@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         action=20_000,
         suffix_tokens=(320, 288, 224, 160, 32),
     )
+    config.stages.pretrain = pretrain_stage(suffix_tokens=160)
     config.train.stages = PAPER_ORDER
 
     config.model.backbone = "4b"

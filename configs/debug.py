@@ -14,7 +14,7 @@ The parameters start from random numbers, so the learning rates are far above th
 from ml_collections import ConfigDict
 
 from lara_jax.config import default_config
-from lara_jax.curriculum import paper_stages
+from lara_jax.curriculum import paper_stages, pretrain_stage
 
 
 def get_config() -> ConfigDict:
@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         action=65,
         suffix_tokens=(168, 152, 120, 88, 32),
     )
+    config.stages.pretrain = pretrain_stage(suffix_tokens=112)
     config.train.stages = ("explicit", "latent_3", "action")
 
     config.model.backbone = "debug"

@@ -14,7 +14,7 @@ Command    lara train --config configs/libero_4b.py --workdir DIR --config.data.
 from ml_collections import ConfigDict
 
 from lara_jax.config import default_config
-from lara_jax.curriculum import PAPER_ORDER, paper_stages
+from lara_jax.curriculum import PAPER_ORDER, paper_stages, pretrain_stage
 
 
 def get_config() -> ConfigDict:
@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         action=60_000,
         suffix_tokens=(256, 224, 160, 96, 32),
     )
+    config.stages.pretrain = pretrain_stage(suffix_tokens=112)
     config.train.stages = PAPER_ORDER
 
     config.model.backbone = "4b"

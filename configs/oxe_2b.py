@@ -15,13 +15,20 @@ Command    lara train --config configs/oxe_2b.py --workdir DIR --config.data.pat
 from ml_collections import ConfigDict
 
 from lara_jax.config import default_config
-from lara_jax.curriculum import pretrain_stage
+from lara_jax.curriculum import paper_stages, pretrain_stage
 
 
 def get_config() -> ConfigDict:
     """Values of the run."""
     config = default_config()
     config.train.steps = 100_000
+    # For a run that goes on to annotated datasets (docs/training.md).
+    config.stages = paper_stages(
+        explicit=10,
+        latent=(5, 5, 10),
+        action=20,
+        suffix_tokens=(320, 288, 224, 160, 32),
+    )
     # 16 x 7 actions are at most 112 tokens.
     config.stages.pretrain = pretrain_stage(suffix_tokens=160)
     config.train.stages = ("pretrain",)

@@ -4,10 +4,8 @@ recipe + tokenizer -> model           recipe + frame size -> image processing, t
                    -> prompt builder                      -> shapes of a batch
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -50,18 +48,21 @@ def tokenizer_to_text(tokenizer: Tokenizer, fast: FastTokenizer | None = None) -
       tokenizer: of the text.
       fast: of the discrete actions, where a stage has some.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tokenizer.save(folder / TOKENIZER_FILE)
-        if fast is not None:
-            fast.save(folder / FAST_FOLDER)
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        return {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in files}
+    own = {} if fast is None else fast.to_files()
+    return {
+        **{f"{FAST_FOLDER}/{name}": text for name, text in own.items()},
+        TOKENIZER_FILE: tokenizer.to_text(),
+    }
 
 
 def tokenizer_from_text(files: Mapping[str, str]) -> Tokenizer:
     """The inverse of `tokenizer_to_text`."""
     return Tokenizer(tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE]))
+
+
+def has_fast(files: Mapping[str, str]) -> bool:
+    """Whether there is an action tokenizer among a checkpoint's files."""
+    return any(name.startswith(f"{FAST_FOLDER}/") for name in files)
 
 
 def fast_from_text(files: Mapping[str, str]) -> FastTokenizer:
@@ -70,17 +71,13 @@ def fast_from_text(files: Mapping[str, str]) -> FastTokenizer:
     Raises:
       ValueError: there is none: no stage of that run had discrete actions.
     """
-    own = {name: text for name, text in files.items() if name.startswith(f"{FAST_FOLDER}/")}
+    prefix = f"{FAST_FOLDER}/"
+    own = {name.removeprefix(prefix): files[name] for name in files if name.startswith(prefix)}
     if not own:
         raise ValueError(
             "the checkpoint has no FAST action tokenizer: none of its stages had discrete_actions"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in own.items():
-            file = Path(folder) / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-        return FastTokenizer.load(Path(folder) / FAST_FOLDER)
+    return FastTokenizer.from_files(own)
 
 
 @dataclass(frozen=True)

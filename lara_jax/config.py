@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,13 @@ class Recipe:
         )
         object.__setattr__(self, "stages", in_steps(self.stages, self.data.batch_size))
         spans(self.stages, self.train.steps)  # checks that their lengths add up
+        for before, stage in pairwise(self.stages):
+            room, needed = self.suffix_tokens(stage), self.suffix_tokens(before)
+            _check(
+                not stage.anneal or room >= needed,
+                f"stages.{stage.name}.suffix_tokens is {room}, but it anneals: rows that are still "
+                f"spoken need the room of stage {before.name!r}, {needed}",
+            )
         for stage in self.stages:
             if not stage.visual_weight:
                 continue

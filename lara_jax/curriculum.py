@@ -48,6 +48,7 @@ class Stage:
         three components are latent slots.
       anneal: part of its steps, 0 to 1, over which the newly latent component falls silent.
       discrete_actions: whether the sequence ends with the action chunk as tokens.
+      datasets: those of the run's mixture that it trains on, by name; () for all.
       token_weight: weight of the cross-entropy over reasoning text and discrete actions.
       visual_weight: weight of the error of the predicted next frame's features.
       action_weight: weight of the flow-matching error.
@@ -62,6 +63,7 @@ class Stage:
     reasoning_stage: int = 4
     anneal: float = 0.0
     discrete_actions: bool = False
+    datasets: tuple[str, ...] = ()
     token_weight: float = 0.0
     visual_weight: float = 0.0
     action_weight: float = 0.0
@@ -147,6 +149,16 @@ def spans(stages: Sequence[Stage], steps: int) -> tuple[tuple[Stage, int, int], 
     return tuple(result)
 
 
+def stage_of(stages: Sequence[Stage], steps: int, step: int) -> Stage:
+    """The stage that a run's step belongs to.
+
+    Args:
+      stages, steps: as of `spans`.
+      step: from 1 on; 0 is the first one's.
+    """
+    return next(stage for stage, _, end in spans(stages, steps) if step <= end)
+
+
 def in_steps(stages: Sequence[Stage], batch_size: int) -> tuple[Stage, ...]:
     """The stages with their examples turned into steps, rounded up."""
     return tuple(
@@ -192,10 +204,15 @@ def paper_stages(
       suffix_tokens: room after the slots, per stage: text turns into slots, so it shrinks.
       action_trains: "full" or "action_only".
       discrete_actions: action tokens in Stages I and II, as in the paper.
-      anneal: of the parts of Stage II; 0 for the paper's hard switches.
+      anneal: of the parts of Stage II; 0 for the paper's hard switches. Each then has the room of
+        the stage before it, as rows that are still spoken need it.
 
     Source: arXiv 2602.01166, losses of Stages I to III.
     """
+    explicit_room, *latent_rooms, action_room = suffix_tokens
+    if anneal:
+        latent_rooms = [explicit_room, *latent_rooms[:-1]]
+    rooms = (explicit_room, *latent_rooms, action_room)
     stages = {
         name: {
             "share": float(share),
@@ -209,7 +226,7 @@ def paper_stages(
             "suffix_tokens": room,
         }
         for name, share, number, room in zip(
-            PAPER_ORDER, (explicit, *latent, action), (1, 2, 3, 4, 4), suffix_tokens, strict=True
+            PAPER_ORDER, (explicit, *latent, action), (1, 2, 3, 4, 4), rooms, strict=True
         )
     }
     stages["action"] |= {

@@ -5,6 +5,7 @@ recipe -> stream of steps (a mixture of indexed datasets) -> statistics -> batch
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_pipelines.sampling import StepSource
 from data_pipelines.statistics import DatasetStatistics, index_statistics, normalizers
 from lara_jax.assemble import ActionTokens
 from lara_jax.config import Recipe
+from lara_jax.curriculum import Stage
 from lara_jax.tokenizers.fast import FastTokenizer
 
 Statistics = Mapping[str, DatasetStatistics]
@@ -68,6 +70,30 @@ def open_mixture(recipe: Recipe, split: str) -> MixtureSource:
         seed=recipe.seed,
         balance=data.balance,
     )
+
+
+def stage_source(source: MixtureSource, stage: Stage) -> MixtureSource:
+    """The stream of a stage, which may take some of a mixture's datasets only.
+
+    Args:
+      source: of all datasets.
+      stage: names those that it takes.
+
+    Raises:
+      ValueError: a name is not in the mixture.
+    """
+    if not stage.datasets:
+        return source
+    known = [s.name for s in source.sources]
+    for name in stage.datasets:
+        if name not in known:
+            raise ValueError(
+                f"config.stages.{stage.name}.datasets names {name!r}; the run has: "
+                f"{', '.join(sorted(known))}"
+            )
+    pairs = zip(source.sources, source.weights, strict=True)
+    sources, weights = zip(*(pair for pair in pairs if pair[0].name in stage.datasets), strict=True)
+    return replace(source, sources=sources, weights=weights)
 
 
 def statistics_of(source: MixtureSource) -> dict[str, DatasetStatistics]:
@@ -192,6 +218,9 @@ def _report(
         notes.append(f"it has no view {', '.join(source.missing_views)}")
     if source.is_too_slow:
         notes.append(f"slower than chunk_hz, it keeps its {source.chunk_rate_hz:g} Hz")
+    elif source.chunk_hz:
+        rate, stride = source.chunk_rate_hz, source.stride
+        notes.append(f"{rate:.3g} actions a second in a chunk, {stride} of its steps each")
     print(
         f"{source.name}: {len(source)} steps, {mine['episodes']} episodes of {part.split}, "
         f"weight {entry.weight:g}; " + "; ".join(notes),

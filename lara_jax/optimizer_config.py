@@ -150,12 +150,12 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig:
-    """Steps that change nothing: their loss or gradient is not finite, or the gradient explodes.
+    """Steps that change nothing: their loss or gradient is not finite, or explodes.
 
     Attributes:
-      factor: a gradient norm above so many times the stage's usual one (the median of the last 64
-        steps that counted) and above `optimizer.clip_norm` explodes; 0 skips only what is not
-        finite.
+      factor: a step explodes whose loss or gradient norm is above so many times the stage's usual
+        one (the median of the last 64 steps that counted, of at least 16), and whose norm is above
+        `optimizer.clip_norm`; 0 skips only what is not finite.
       max_in_a_row: so many skipped steps in a row end the run with a checkpoint.
     """
 

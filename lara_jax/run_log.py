@@ -40,11 +40,10 @@ class Log:
       recipe: the run's settings.
       workdir: its directory.
       step: steps done.
-      datasets: names, in the order of the mixture.
     """
 
-    def __init__(self, recipe: Recipe, workdir: Path, step: int, datasets: Sequence[str]) -> None:
-        self._recipe, self._datasets = recipe, tuple(datasets)
+    def __init__(self, recipe: Recipe, workdir: Path, step: int) -> None:
+        self._recipe = recipe
         self._rates = learning_rates(recipe.optimizer, recipe.stages, recipe.train.steps)
         self._writer = None
         if jax.process_index() == 0:
@@ -61,18 +60,22 @@ class Log:
             signal_steps=recipe.log.profile_signal_steps,
         )
         self._step, self._done, self._compiles = step, None, True
+        self._datasets: tuple[str, ...] = ()
         self._flops = 0
         self._by_dataset: list[Any] = []
         self._restart()
 
-    def batches(self, batches: Iterable[Batch], *, step_flops: int) -> Iterator[Batch]:
+    def batches(
+        self, batches: Iterable[Batch], *, datasets: Sequence[str], step_flops: int
+    ) -> Iterator[Batch]:
         """The batches of a stage, with the time that the loop waits for each.
 
         Args:
           batches: of the stage.
+          datasets: names, in the order of the stage's mixture.
           step_flops: model FLOPs of one of its steps on all devices.
         """
-        self._flops, self._compiles = step_flops, True
+        self._datasets, self._flops, self._compiles = tuple(datasets), step_flops, True
         iterator = iter(batches)
         while True:
             start = time.monotonic()

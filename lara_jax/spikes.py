@@ -1,8 +1,12 @@
 """Steps that must not count: skipped on the device, reported with their samples, never silent.
 
-    loss or gradient norm is nan or inf             -> the step changes nothing but the counters
-    norm > factor * median of the stage's last 64,
-           and above what clipping allows           -> the same
+    loss or gradient norm is nan or inf                       -> the step changes nothing but the
+    loss or norm > factor * median of the stage's last 64,       counters
+        and the norm is above what clipping allows            -> the same
+
+A median needs 16 steps of the stage; before that only what is not finite is skipped. After too many
+skipped steps in a row none counts any more, so that the run ends with the parameters from before
+them although the next step is always under way.
 
 The verdict is part of the compiled step, so parameters, moments and averages are never touched by a
 bad batch. The host learns of it one step late, when the next step is already under way: it never
@@ -12,6 +16,7 @@ waits for the step it has just sent, and every host learns of it at the same ste
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import flax.struct
 import jax
@@ -21,7 +26,7 @@ import numpy as np
 from lara_jax.batch import Batch
 from lara_jax.optimizer_config import SpikeConfig
 
-WINDOW = 64
+WINDOW, FEWEST = 64, 16
 
 Verdict = Mapping[str, jax.Array]
 
@@ -31,13 +36,13 @@ class Spikes:
     """What the verdict on a step rests on.
 
     Attributes:
-      norms: float32[64], gradient norms of the last steps that counted; nan where there is none
-        yet.
+      recent: float32[2, 64], loss and gradient norm of the last steps that counted; nan where there
+        is none yet.
       stage: uint32[], which stage they are of: another stage's losses have other gradients.
       skipped: int32[], skipped steps of the run.     in_a_row: int32[], of them, up to now.
     """
 
-    norms: jax.Array
+    recent: jax.Array
     stage: jax.Array
     skipped: jax.Array
     in_a_row: jax.Array
@@ -46,7 +51,13 @@ class Spikes:
 def no_spikes() -> Spikes:
     """Before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    return Spikes(jnp.full((WINDOW,), jnp.nan), jnp.zeros((), jnp.uint32), zero, zero)
+    return Spikes(jnp.full((2, WINDOW), jnp.nan), jnp.zeros((), jnp.uint32), zero, zero)
+
+
+def resumed(spikes: Spikes, config: SpikeConfig) -> Spikes:
+    """As a run goes on with them: one that was ended by skipped steps counts them anew."""
+    ended = spikes.in_a_row >= config.max_in_a_row
+    return replace(spikes, in_a_row=jnp.where(ended, 0, spikes.in_a_row))
 
 
 def judge(
@@ -71,15 +82,15 @@ def judge(
       bool[]; the state after the step; and what `SkipReport` reads.
     """
     number = jnp.uint32(zlib.crc32(stage.encode()))
-    norms = jnp.where(spikes.stage == number, spikes.norms, jnp.nan)
-    counts = jnp.isfinite(loss) & jnp.isfinite(norm)
+    recent = jnp.where(spikes.stage == number, spikes.recent, jnp.nan)
+    now, usual = jnp.stack([loss, norm]), jnp.nanmedian(recent, axis=1)
+    counts = jnp.isfinite(now).all() & (spikes.in_a_row < config.max_in_a_row)
     if config.factor:
-        # The median of a window with an empty place is nan, and no norm is above that.
-        limit = jnp.maximum(config.factor * jnp.median(norms), clip_norm)
-        counts &= ~(norm > limit)
-    norms = jnp.where(counts, jnp.roll(norms, 1).at[0].set(norm), norms)
+        known = jnp.isfinite(recent[1]).sum() >= FEWEST
+        counts &= ~(known & (now > config.factor * usual).any() & (norm > clip_norm))
+    recent = jnp.where(counts, jnp.roll(recent, 1, axis=1).at[:, 0].set(now), recent)
     after = Spikes(
-        norms=norms,
+        recent=recent,
         stage=number,
         skipped=spikes.skipped + ~counts,
         in_a_row=jnp.where(counts, 0, spikes.in_a_row + 1),
@@ -88,7 +99,8 @@ def judge(
         "in_a_row": after.in_a_row,
         "loss": loss,
         "gradient_norm": norm,
-        "typical_norm": jnp.nanmedian(norms),
+        "usual_loss": usual[0],
+        "usual_norm": usual[1],
     }
     return counts, after, verdict
 
@@ -138,8 +150,12 @@ class SkipReport:
     def _line(self, step: int, numbers: Mapping[str, float], batch: Batch) -> str:
         datasets, ids = np.asarray(batch.dataset).tolist(), np.asarray(batch.sample_id).tolist()
         samples = [f"{self._datasets[d]}:{i}" for d, i in zip(datasets, ids, strict=True)]
+        usual = (
+            f" (usually {numbers['usual_loss']:.4g} and {numbers['usual_norm']:.4g})"
+            if np.isfinite(numbers["usual_norm"])
+            else ""
+        )
         return (
             f"step {step} skipped, {numbers['in_a_row']:.0f} in a row: loss {numbers['loss']:.4g}, "
-            f"gradient norm {numbers['gradient_norm']:.4g} where {numbers['typical_norm']:.4g} is "
-            f"usual; samples {' '.join(samples)}"
+            f"gradient norm {numbers['gradient_norm']:.4g}{usual}; samples {' '.join(samples)}"
         )

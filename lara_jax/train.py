@@ -36,11 +36,12 @@ from lara_jax.checkpoint import (
     restore_params,
 )
 from lara_jax.config import Recipe, load_recipe, recipe_changes, split_overrides
-from lara_jax.curriculum import Stage, silent_share, spans
+from lara_jax.curriculum import Stage, silent_share, spans, stage_of
 from lara_jax.data import (
     fast_tokenizer,
     make_loader,
     open_mixture,
+    stage_source,
     statistics_from_dict,
     statistics_of,
     statistics_to_dict,
@@ -52,7 +53,8 @@ from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.optimizer import make_optimizer, trained_paths
 from lara_jax.preemption import stop_requests
 from lara_jax.run_log import Log
-from lara_jax.spikes import SkipReport
+from lara_jax.spikes import SkipReport, resumed
+from lara_jax.tokenizers.fast import FastTokenizer
 from lara_jax.train_step import (
     TrainState,
     init_state,
@@ -110,10 +112,10 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
         step = int(state.step)
         # Batches taken from the stream less steps done: not 0 once the batch size has changed.
         ahead = stream_step(recipe, info) - step
-        names = [s.name for s in source.sources]
-        log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step, names)))
-        skips = SkipReport(names, recipe.spike)
+        log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
         for lesson in lessons:
+            names = [s.name for s in lesson.loader.source.sources]
+            skips = SkipReport(names, recipe.spike)
             rows = sharding.batch_sharding(mesh, lesson.spec, recipe.train.accumulate_steps)
             train_step = jax.jit(
                 make_train_step(lesson.model, optimizer, lesson.stage, recipe, datasets=len(names)),
@@ -124,19 +126,25 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
             held_out = None
             if exam is not None:
                 parts = lesson.stage, lesson.model, lesson.loader
-                held_out = HeldOut(recipe, *parts, exam, shardings, workdir)
+                own_exam = stage_source(exam, lesson.stage)
+                held_out = HeldOut(recipe, *parts, own_exam, shardings, workdir)
             trained = trained_paths(recipe, shapes.params, [lesson.stage])
             config = lesson.model.config
             flops = step_flops(recipe, config, lesson.stage, lesson.spec, trained=trained).model
-            for batch in log.batches(lesson.batches(step, ahead), step_flops=flops):
+            batches = lesson.batches(step, ahead)
+            for batch in log.batches(batches, datasets=names, step_flops=flops):
                 state, metrics = train_step(state, sharding.put(batch, rows))
                 step += 1
                 skips.follow(step, metrics.pop("verdict"), batch)
-                last = step == recipe.train.steps or asked_to_stop(step) or skips.too_many
+                stops = asked_to_stop(step) or skips.too_many
+                last = step == recipe.train.steps or stops
                 save = last or step % recipe.checkpoint.every_steps == 0
                 log.advance(metrics)
                 store.check()
                 evaluate = held_out and held_out.due(step, lesson.end)
+                if evaluate and stops:
+                    _say(f"the evaluation of step {step} is left out")  # there may be no time
+                    evaluate = False
                 # A row is of one stage.
                 ends = step == lesson.end
                 if save or evaluate or ends or step % recipe.log.every_steps == 0:
@@ -146,15 +154,17 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                         scores = held_out(step, state)
                     values |= log.write_evaluation(step, lesson.stage, scores)
                 if save:
-                    taken = lesson.loader.position(step + ahead).samples
-                    store.save(
-                        step, state, dataclasses.replace(info, samples=taken, metrics=values)
+                    at = lesson.loader.position(step + ahead)
+                    info = dataclasses.replace(
+                        info, samples=at.samples, stream=at.fingerprint, metrics=values
                     )
+                    store.save(step, state, info)
                 if last:
                     skips.finish()
                     store.wait()  # while another SIGTERM still does no harm
                     skips.stop_if_too_many(step)
                     return state
+            skips.finish()
         return state
 
 
@@ -200,12 +210,15 @@ def open_data(
         _refuse_another_model(workdir, saved, recipe, source)
         for change in recipe_changes(saved.recipe, recipe):
             _say(f"changed since the checkpoint: {change}")
+        stage = stage_of(recipe.stages, recipe.train.steps, min(step, recipe.train.steps))
         Position(saved.samples, saved.stream).check(
-            source.fingerprint, allow_changed=recipe.data.allow_changed_stream
+            stage_source(source, stage).fingerprint, allow_changed=recipe.data.allow_changed_stream
         )
-        return dataclasses.replace(saved, recipe=recipe, stream=source.fingerprint), source
+        return dataclasses.replace(saved, recipe=recipe), source
     statistics, tokenizer = statistics_of(source), assemble.load_recipe_tokenizer(recipe)
-    fast = fast_tokenizer(recipe, source, statistics, tokenizer.action_range)
+    fast = earlier_fast_tokenizer(recipe) or fast_tokenizer(
+        recipe, source, statistics, tokenizer.action_range
+    )
     info = RunInfo(
         recipe=recipe,
         statistics=statistics_to_dict(statistics),
@@ -213,6 +226,36 @@ def open_data(
         stream=source.fingerprint,
     )
     return info, source
+
+
+def earlier_fast_tokenizer(recipe: Recipe) -> FastTokenizer | None:
+    """That of the run whose parameters a run starts from: they know its tokens and no others.
+
+    Returns:
+      None where that run had none, where the recipe names one, and for chunks of another shape.
+    """
+    wanted = any(stage.discrete_actions for stage in recipe.stages)
+    if not (wanted and recipe.init.path) or recipe.tokenizer.fast_path:
+        return None
+    files = load_info(recipe.init.path).tokenizer
+    if not assemble.has_fast(files):
+        return None
+    fast = assemble.fast_from_text(files)
+    shapes = (
+        (fast.action_horizon, fast.action_dim),
+        (
+            recipe.model.action_horizon,
+            recipe.model.action_dim,
+        ),
+    )
+    if shapes[0] != shapes[1]:
+        _say(
+            f"the action tokens of {recipe.init.path} are for chunks of {shapes[0]} and not used: "
+            f"a new FAST tokenizer is fitted to chunks of {shapes[1]}"
+        )
+        return None
+    _say(f"action tokens are those of {recipe.init.path}")
+    return fast
 
 
 def stream_step(recipe: Recipe, info: RunInfo) -> int:
@@ -253,7 +296,11 @@ def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[L
         fast = assemble.fast_from_text(info.tokenizer)
         action_tokens = assemble.ActionTokens(fast, tokenizer.action_range)
     lessons: list[Lesson] = []
-    for stage, start, end in spans(recipe.stages, recipe.train.steps):
+    divided = spans(recipe.stages, recipe.train.steps)
+    for stage in recipe.stages:
+        if stage not in [one for one, _, _ in divided]:
+            _say(f"stage {stage.name!r} gets none of the {recipe.train.steps} steps")
+    for stage, start, end in divided:
         before = max(1, lessons[-1].stage.reasoning_stage) if lessons else 0
         spoken_stage = before if before < stage.reasoning_stage else 0
         prompt = assemble.prompt_builder(
@@ -268,7 +315,7 @@ def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[L
                 model=LaraVLA(config),
                 loader=make_loader(
                     recipe,
-                    source,
+                    stage_source(source, stage),
                     statistics,
                     prompt,
                     host=host,
@@ -320,7 +367,8 @@ def first_state(
     step = store.latest()
     if step is not None and store.has_training(step):
         _say(f"resuming at step {step} from {store.folder(step)}")
-        return store.restore(abstract, step)
+        state = store.restore(abstract, step)
+        return state.replace(spikes=resumed(state.spikes, recipe.spike))
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
     source = recipe.init.path if step is None else store.folder(step)
     if not source:

@@ -1,11 +1,14 @@
 """A recipe's data: which steps a run reads, what it is told of the rest, what it refuses."""
 
+import csv
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.index.cli import main as index_main
-from lara_jax import data
+from lara_jax import assemble, data, train
+from lara_jax.checkpoint import digest, load_info
 from lara_jax.config import Recipe, load_recipe
 from tests.data_pipelines.handmade import (
     TABLETOP_FEATURES,
@@ -13,6 +16,7 @@ from tests.data_pipelines.handmade import (
     write_directory,
     write_tabletop,
 )
+from tests.soak import tiny
 
 DEFINITIONS = """
 [datasets.joints]
@@ -82,6 +86,12 @@ def test_filters_and_slow_datasets_are_reported(
     run = recipe(repository, root / "lara_tabletop" / "1.0.0", *overrides[1:])
     data.open_mixture(run, "train")
     assert "slower than chunk_hz, it keeps its 5 Hz" in capsys.readouterr().err
+    run = recipe(
+        repository, root / "lara_tabletop" / "1.0.0", "data.chunk_hz=2", "data.eval_split=train"
+    )
+    data.open_mixture(run, "train")
+    said = capsys.readouterr().err
+    assert "1.67 actions a second in a chunk, 3 of its steps each" in said
     run = recipe(repository, root / "lara_tabletop" / "1.0.0", overrides[0], overrides[2])
     data.open_mixture(run, "train")
     assert "0 more are left out by no_annotation, failed" in capsys.readouterr().err
@@ -175,3 +185,91 @@ def test_a_known_lerobot_set_in_a_mixture(repository: Path, tmp_path: Path) -> N
     source = data.open_mixture(recipe(repository, tmp_path, *overrides), "train")
     assert list(data.statistics_of(source)) == ["bridge_lara", "lara_tabletop"]
     assert source.sources[0].index.spec.control_hz == 5
+
+
+# Both datasets, then one of them, then both again.
+STAGES = (
+    "data.mixture=mine:both",
+    "data.mixed_action_spaces=True",
+    "data.eval_split=train[1:]",
+    "data.batch_size=4",
+    "train.stages=pretrain,explicit,action",
+    "train.steps=6",
+    "stages.pretrain.steps=2",
+    "stages.explicit.steps=2",
+    "stages.explicit.datasets=lara_tabletop",
+    "stages.action.steps=2",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=9",
+    "log.every_steps=1",
+)
+
+
+@pytest.fixture
+def alike(root: Path) -> Path:
+    """Both datasets with a split "train"."""
+    shutil.rmtree(root / "joints")
+    records = [[tabletop_record(7, 5), tabletop_record(8, 4)]]
+    write_directory(root / "joints" / "2.0.0", "joints", TABLETOP_FEATURES, {"train": records})
+    return root
+
+
+def trained_on(workdir: Path) -> dict[str, set[str]]:
+    """The datasets of each stage."""
+    found: dict[str, set[str]] = {}
+    with (workdir / "datasets.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            found.setdefault(row["stage"], set()).add(row["dataset"])
+    return {stage: {n for n in names if n[0] != "("} for stage, names in found.items()}
+
+
+def test_a_stage_may_take_some_of_the_datasets(
+    repository: Path, alike: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.use_tiny_model(monkeypatch.setattr)
+    both = {"lara_tabletop", "joints"}
+    whole, parted = alike / "whole", alike / "parted"
+    state = train.train(recipe(repository, alike, *STAGES), whole)
+    assert trained_on(whole) == {"pretrain": both, "explicit": {"lara_tabletop"}, "action": both}
+    streams = {step: load_info(whole, step).stream for step in (2, 4, 6)}
+    assert streams[2] == streams[6] != streams[4]
+
+    # Stopped inside the stage that takes one, it goes on alike; not with another one.
+    train.train(recipe(repository, alike, *STAGES), parted)
+    for step in (4, 5, 6):
+        shutil.rmtree(parted / "checkpoints" / str(step))
+    other = "stages.explicit.datasets=joints"
+    with pytest.raises(ValueError, match="not what this run has trained on"):
+        train.train(recipe(repository, alike, *STAGES, other), parted)
+    again = train.train(recipe(repository, alike, *STAGES), parted)
+    assert digest(again.params) == digest(state.params)
+
+    wrong = "stages.explicit.datasets=kuka"
+    with pytest.raises(
+        ValueError, match=r"explicit\.datasets names 'kuka'; the run has: joints, l"
+    ):
+        train.train(recipe(repository, alike, *STAGES, wrong), alike / "wrong")
+
+
+def test_a_run_keeps_the_action_tokens_of_the_one_it_starts_from(
+    repository: Path,
+    alike: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny.use_tiny_model(monkeypatch.setattr)
+    common = [*STAGES, "train.stages=explicit", "train.steps=2", "stages.explicit.datasets="]
+    train.train(recipe(repository, alike, *common), alike / "first")
+    start = f"init.path={alike / 'first'}"
+    more = [*common, "seed=7", "data.mixture=", f"data.path={alike}/lara_tabletop/1.0.0"]
+    train.train(recipe(repository, alike, *more), alike / "unlike")
+    train.train(recipe(repository, alike, *more, start), alike / "second")
+    assert f"action tokens are those of {alike / 'first'}" in capsys.readouterr().err
+    first, unlike, second = (
+        assemble.fast_from_text(load_info(alike / name).tokenizer).backend.to_str()
+        for name in ("first", "unlike", "second")
+    )
+    assert first == second != unlike
+    longer = [*more, start, "model.action_horizon=4"]
+    train.train(recipe(repository, alike, *longer), alike / "longer")
+    assert "are for chunks of (3, 7) and not used" in capsys.readouterr().err

@@ -48,6 +48,13 @@ def metrics(loss: float = 1.0, by_dataset: Any = (((1, 1), NOTHING),) * 2) -> di
     return {"loss": jnp.float32(loss), "loss_token": jnp.float32(loss), "by_dataset": parts}
 
 
+def started(recipe: Recipe, workdir: Path) -> Log:
+    """In a stage of two datasets."""
+    log, batches = Log(recipe, workdir, 0), [SimpleNamespace()]
+    next(log.batches(batches, datasets=["a", "b"], step_flops=1))  # type: ignore[arg-type]
+    return log
+
+
 def read(workdir: Path, name: str) -> list[dict[str, str]]:
     with (workdir / f"{name}.csv").open() as stream:
         return list(csv.DictReader(stream))
@@ -64,8 +71,8 @@ def test_speed_leaves_out_compilation_and_evaluation(
             clock.now += 1  # the loop waits
             yield number
 
-    log, stage = Log(recipe, tmp_path, 0, ["a", "b"]), recipe.stages[0]
-    for number in log.batches(batches(), step_flops=7):  # type: ignore[arg-type]
+    log, stage = Log(recipe, tmp_path, 0), recipe.stages[0]
+    for number in log.batches(batches(), datasets=["a", "b"], step_flops=7):  # type: ignore[arg-type]
         clock.now += 1000 if number == 0 else 3  # compiles, or works
         log.advance(metrics())
         if number == 1:
@@ -88,7 +95,7 @@ def test_speed_leaves_out_compilation_and_evaluation(
 def test_losses_of_a_dataset_are_means_over_all_steps_since_the_last_row(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    log, stage = Log(recipe, tmp_path, 0, ["a", "b"]), recipe.stages[0]
+    log, stage = started(recipe, tmp_path), recipe.stages[0]
     of_steps = (
         ((NOTHING, (6, 2)), (NOTHING, NOTHING)),
         (((1, 1), (1, 1)), ((5, 1), NOTHING)),
@@ -111,7 +118,7 @@ def test_losses_of_a_dataset_are_means_over_all_steps_since_the_last_row(
 
 
 def test_what_is_no_number_stays_empty(recipe: Recipe, tmp_path: Path) -> None:
-    log = Log(recipe, tmp_path, 0, ["a", "b"])
+    log = started(recipe, tmp_path)
     log.advance(metrics())
     skipped = metrics(float("nan")) | {"skipped": jnp.int32(1)}
     values = log.write(1, recipe.stages[0], skipped)
@@ -122,7 +129,7 @@ def test_what_is_no_number_stays_empty(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_evaluation_is_written_and_averaged_over_datasets(recipe: Recipe, tmp_path: Path) -> None:
-    log = Log(recipe, tmp_path, 0, ["a", "b"])
+    log = Log(recipe, tmp_path, 0)
     scores = {("a", "position_m"): 0.01, ("b", "position_m"): 0.03, ("b", "loss_token"): 2.0}
     means = log.write_evaluation(5, recipe.stages[0], scores)
     log.close()

@@ -15,7 +15,7 @@ import pytest
 from lara_jax import train
 from lara_jax.checkpoint import load_params, steps
 from lara_jax.config import SpikeConfig, load_recipe
-from lara_jax.spikes import WINDOW, SkipReport, Spikes, judge, no_spikes
+from lara_jax.spikes import FEWEST, WINDOW, SkipReport, Spikes, judge, no_spikes, resumed
 from tests.data_pipelines.handmade import write_tabletop
 
 CONFIG = SpikeConfig(factor=10.0, max_in_a_row=2)
@@ -41,18 +41,36 @@ def test_what_is_not_finite_never_counts(bad: float) -> None:
 
 
 def test_a_gradient_far_above_the_usual_does_not_count() -> None:
-    """Once there is a usual: the median of 64 steps, here 3."""
-    spikes, counted = after([*USUAL, 29.0, 31.0, 31.0, 5.0, 31.0])
-    assert counted == [True] * WINDOW + [True, False, False, True, False]
-    assert int(spikes.skipped) == 3 and int(spikes.in_a_row) == 1
-    assert after([*USUAL[1:], 1e6])[1][-1]  # one step short
+    """Once there is a usual: the median of at most 64 steps and at least 16, here 3."""
+    spikes, counted = after([*USUAL, 29.0, 31.0, 5.0, 31.0])
+    assert counted == [True] * WINDOW + [True, False, True, False]
+    assert int(spikes.skipped) == 2 and int(spikes.in_a_row) == 1
+    assert not after([*USUAL[:FEWEST], 31.0])[1][-1]
+    assert after([*USUAL[1:FEWEST], 1e6])[1][-1]  # one step short
+
+
+def test_a_loss_far_above_the_usual_does_not_count_if_its_gradient_matters() -> None:
+    spikes, _ = after(USUAL)
+    for loss, norm, expected in ((9.0, 3.0, True), (11.0, 3.0, False), (11.0, 0.5, True)):
+        counts, _, _ = JUDGE(spikes, jnp.float32(loss), jnp.float32(norm), "s", CONFIG, 1.0)
+        assert bool(counts) is expected, (loss, norm)
+
+
+def test_after_too_many_none_counts_until_the_run_is_started_again() -> None:
+    spikes, counted = after([*USUAL, 1e3, 1e3, 3.0, 3.0])
+    assert counted[WINDOW:] == [False] * 4 and int(spikes.in_a_row) == 4
+    spikes = resumed(spikes, CONFIG)
+    counts, spikes, _ = JUDGE(spikes, jnp.float32(1), jnp.float32(3), "s", CONFIG, 1.0)
+    assert counts and int(spikes.skipped) == 4
+    spikes, _ = after([*USUAL, 1e3])
+    assert int(resumed(spikes, CONFIG).in_a_row) == 1
 
 
 def test_a_skipped_gradient_does_not_become_usual() -> None:
     spikes, _ = after(USUAL)
     again, counted = after([*USUAL, *[1e3] * WINDOW])
     assert not any(counted[WINDOW:])
-    np.testing.assert_array_equal(spikes.norms, again.norms)
+    np.testing.assert_array_equal(spikes.recent, again.recent)
 
 
 def test_what_clipping_allows_always_counts() -> None:
@@ -64,8 +82,8 @@ def test_every_stage_has_its_own_usual() -> None:
     one = jnp.float32(1.0)
     assert not JUDGE(spikes, one, jnp.float32(100.0), "s", CONFIG, 1.0)[0]
     counts, other, verdict = JUDGE(spikes, one, jnp.float32(100.0), "t", CONFIG, 1.0)
-    assert counts and np.isfinite(np.asarray(other.norms)).sum() == 1
-    assert float(verdict["typical_norm"]) == 100
+    assert counts and np.isfinite(np.asarray(other.recent)).sum() == 2
+    assert np.isnan(float(verdict["usual_norm"]))
 
 
 def test_factor_zero_skips_only_what_is_not_finite() -> None:
@@ -82,7 +100,8 @@ def batch(number: int) -> Any:
 
 
 def verdict(in_a_row: int) -> dict[str, jax.Array]:
-    numbers = {"in_a_row": in_a_row, "loss": jnp.nan, "gradient_norm": 50.0, "typical_norm": 3.0}
+    numbers = {"in_a_row": in_a_row, "loss": jnp.nan, "gradient_norm": 50.0}
+    numbers |= {"usual_loss": 1.0, "usual_norm": 3.0}
     return {name: jnp.asarray(value) for name, value in numbers.items()}
 
 
@@ -94,7 +113,7 @@ def test_a_skipped_step_is_reported_with_its_samples(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
     report.follow(3, verdict(0), batch(30))
     assert capsys.readouterr().err == (
-        "step 2 skipped, 1 in a row: loss nan, gradient norm 50 where 3 is usual; "
+        "step 2 skipped, 1 in a row: loss nan, gradient norm 50 (usually 1 and 3); "
         "samples kuka:20 bridge:21\n"
     )
     report.follow(4, verdict(1), batch(40))
