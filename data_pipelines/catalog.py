@@ -103,6 +103,8 @@ def entries(
         return (Entry(path=path, name=name or None),)
     if name:
         raise ValueError(f"a name ({name!r}) is of one dataset; mixture {mixture!r} has its own")
+    if storage.is_local(path) and not storage.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
     datasets, mixtures = load_definitions(definitions) if definitions else ({}, {})
     chosen = mixture_named(mixture, mixtures)
     found: dict[str, Entry] = {}

@@ -2,7 +2,10 @@
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 VERBS: dict[str, tuple[str, str]] = {
     "index": ("data_pipelines.index.cli", "index a dataset: where its steps and frames lie"),
@@ -14,6 +17,25 @@ VERBS: dict[str, tuple[str, str]] = {
         "write an RLDS dataset of the built-in tabletop",
     ),
 }
+
+
+def option(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """For argparse's `type`: the user is told what `parse` has to say of a bad value."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, in an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -204,12 +204,8 @@ def grid(pictures: Iterable[str]) -> str:
     return '<div class="grid">' + "\n".join(pictures) + "</div>"
 
 
-def save_page(out: str | os.PathLike[str], title: str, sections: Iterable[str]) -> Path:
-    """Writes sections of HTML as a page that loads and runs nothing.
-
-    Returns:
-      The file.
-    """
+def save_page(out: str | os.PathLike[str], title: str, sections: Iterable[str]) -> None:
+    """Writes sections of HTML as a page that loads and runs nothing."""
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -220,4 +216,3 @@ def save_page(out: str | os.PathLike[str], title: str, sections: Iterable[str]) 
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-    return path

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data_pipelines import catalog
 from data_pipelines.catalog import Part
+from data_pipelines.cli import option
 from data_pipelines.frames import FrameReader
 from data_pipelines.index.format import FLAGS, Index
 from data_pipelines.inspect_figures import (
@@ -39,6 +39,7 @@ from data_pipelines.statistics import (
     index_statistics,
     normalizers,
 )
+from data_pipelines.storage import local_path
 from lara_jax.tokenizers.prompt import Annotation
 
 EPISODES = 3
@@ -86,7 +87,7 @@ def write_page(
     title: str = "",
     filters: Sequence[str] = (),
     episodes: int = EPISODES,
-) -> Path:
+) -> list[Summary]:
     """Writes the page of a dataset or of a mixture.
 
     Args:
@@ -98,24 +99,11 @@ def write_page(
       episodes: how many to show of each set, evenly spread over it.
 
     Returns:
-      The file.
+      What the sets amount to.
 
     Raises:
       ValueError: no set, weights that do not fit, or a set without steps.
     """
-    path, _ = _write(parts, out, weights, title, filters, episodes)
-    return path
-
-
-def _write(
-    parts: Sequence[Part],
-    out: str | os.PathLike[str],
-    weights: Sequence[float],
-    title: str,
-    filters: Sequence[str],
-    episodes: int,
-) -> tuple[Path, list[Summary]]:
-    """`write_page`, and what it says of the sets."""
     weights = tuple(weights) or (1.0,) * len(parts)
     if not parts or len(weights) != len(parts):
         raise ValueError(f"{len(parts)} sets and {len(weights)} weights; expected one for each")
@@ -143,7 +131,8 @@ def _write(
         sections.append("\n".join(body))
     if len(parts) > 1:
         sections.insert(0, _mixture(summaries))
-    return save_page(out, title, sections), summaries
+    save_page(out, title, sections)
+    return summaries
 
 
 def _summary(
@@ -359,6 +348,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--mixture", metavar="NAME", help="built in or from --definitions")
     parser.add_argument("--weights", type=float, nargs="+", default=[], metavar="W", help="of DATA")
+    parser.add_argument("--name", help="of the one dataset (default: what its files say)")
     parser.add_argument("--definitions", metavar="FILE", help="sets of your own (TOML)")
     parser.add_argument(
         "--split", default="train", help="of each dataset, such as train[:95%%] (default: train)"
@@ -371,28 +361,35 @@ def main(argv: Sequence[str]) -> int:
         help="steps to leave out; repeatable",
     )
     parser.add_argument("--episodes", type=int, default=EPISODES, help="to show of each dataset")
-    parser.add_argument("--out", type=Path, default=Path("page.html"), help="default: page.html")
+    parser.add_argument(
+        "--out", type=option(local_path), default="page.html", help="default: page.html"
+    )
     parser.add_argument("--json", action="store_true", help="print a line for each dataset")
     arguments = parser.parse_args(argv)
     definitions, weights = arguments.definitions or "", arguments.weights
-    entries = [entry for path in arguments.data for entry in catalog.entries(path)]
+    name = arguments.name or ""
+    if name and len(arguments.data) > 1:
+        raise ValueError(f"--name {name} is of one dataset; {len(arguments.data)} are given")
+    entries = [entry for path in arguments.data for entry in catalog.entries(path, name=name)]
     if arguments.mixture is not None:
         if len(entries) != 1 or weights:
             raise ValueError("--mixture: give the one folder that holds its datasets, no weights")
         (root,) = arguments.data
-        entries = list(catalog.entries(root, mixture=arguments.mixture, definitions=definitions))
+        entries = list(
+            catalog.entries(root, name=name, mixture=arguments.mixture, definitions=definitions)
+        )
         weights = [entry.weight for entry in entries]
-    path, summaries = _write(
+    summaries = write_page(
         [catalog.open_part(e, arguments.split, definitions=definitions) for e in entries],
         arguments.out,
-        weights,
-        arguments.mixture or "",
-        arguments.filter,
-        arguments.episodes,
+        weights=weights,
+        title=arguments.mixture or "",
+        filters=arguments.filter,
+        episodes=arguments.episodes,
     )
     if arguments.json:
         for summary in summaries:
-            print(json.dumps({**asdict(summary), "page": str(path)}))
+            print(json.dumps({**asdict(summary), "page": str(arguments.out)}))
     else:
-        print(f"{path}: {len(summaries)} sets, {sum(s.steps for s in summaries):,} steps")
+        print(f"{arguments.out}: {len(summaries)} sets, {sum(s.steps for s in summaries):,} steps")
     return 0

@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.cli import option
 from data_pipelines.rlds.directory import Feature
 from data_pipelines.rlds.writer import encode_episode, write_dataset
+from data_pipelines.storage import local_path
 from lara_jax.evals.tabletop import (
     ExpertStep,
     Observation,
@@ -258,7 +260,9 @@ def main(argv: Sequence[str]) -> int:
         prog="lara data make-tabletop",
         description="Makes an RLDS dataset of the built-in tabletop.",
     )
-    parser.add_argument("--out", required=True, type=Path, help="directory that holds datasets")
+    parser.add_argument(
+        "--out", required=True, type=option(local_path), help="directory that holds datasets"
+    )
     parser.add_argument("--episodes", required=True, type=int, help="episodes to try for training")
     parser.add_argument("--val-episodes", type=int, help="for validation (default: a tenth)")
     parser.add_argument("--image-size", type=int, default=64, help="side of the images in pixels")

@@ -27,9 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.accumulator import Accumulator, first_non_finite
+from data_pipelines.cli import at_least_one, option
 from data_pipelines.index.format import FLAGS, Index
 from data_pipelines.oxe.spec import DatasetSpec
 from data_pipelines.sampling import strided_actions
+from data_pipelines.storage import local_path
 from lara_jax.evals.report import format_table
 from lara_jax.transforms import Normalizer, Statistics
 
@@ -380,8 +382,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--filter", action="append", default=[], choices=FLAGS, help="rows not to count; repeatable"
     )
-    parser.add_argument("--stride", type=int, default=1, help="of the actions (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="save them as JSON, too")
+    parser.add_argument(
+        "--stride", type=option(at_least_one), default=1, help="of the actions (default: 1)"
+    )
+    parser.add_argument(
+        "--out", type=option(local_path), metavar="FILE", help="save them as JSON, too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     # Statistics that are there are read, by a policy, say, without what makes an index.

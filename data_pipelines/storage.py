@@ -50,6 +50,14 @@ def locate(path: PathLike) -> Path | str:
     return os.fspath(path).rstrip("/") if local is None else Path(local)
 
 
+def local_path(path: PathLike, what: str = "path") -> Path:
+    """The path of a local file; a ValueError, which says `what` it is, for a URL elsewhere."""
+    found = locate(path)
+    if isinstance(found, str):
+        raise ValueError(f"{what} {found} is a URL; it must be a local path")
+    return found
+
+
 def join(folder: PathLike, name: str) -> str:
     """A file of a folder."""
     return f"{os.fspath(folder).rstrip('/')}/{name}"

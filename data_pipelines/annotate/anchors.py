@@ -7,7 +7,7 @@ The gripper's state cuts an episode into phases; nothing is guessed::
     cycle     0 . . . . . . . . . . . . . . . . . . . .
 
 `grasp` and `release` last while the arm stands still after the gripper's command, at least one step
-and at most `handling_seconds`. After a release comes the next cycle's `approach`, or the `retreat`.
+and at most HANDLING_SECONDS. After a release comes the next cycle's `approach`, or the `retreat`.
 An episode that starts with a closed gripper approaches if it grasps something later, else it moves
 what it holds. One whose gripper does nothing is a single `move`.
 
@@ -27,34 +27,15 @@ from functools import lru_cache
 
 import numpy as np
 
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseSettings:
-    """How a gripper's signal is cut into phases.
-
-    Attributes:
-      close_below, open_above: the gripper closes or opens when its signal (0 closed, 1 open) passes
-        these; between them it stays what it was.
-      least_seconds: an opening or closing that is undone sooner is a flicker.
-      handling_seconds: the most that a grasp or a release lasts.
-      still_m_per_second: the arm stands still below this speed.
-    """
-
-    close_below: float = 0.4
-    open_above: float = 0.6
-    least_seconds: float = 0.4
-    handling_seconds: float = 1.0
-    still_m_per_second: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not 0 < self.close_below <= self.open_above < 1:
-            raise ValueError(
-                f"close_below {self.close_below} and open_above {self.open_above}: allowed is "
-                f"0 < close_below <= open_above < 1"
-            )
-        for name in ("least_seconds", "handling_seconds", "still_m_per_second"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+# The gripper closes or opens when its signal (0 closed, 1 open) passes these; between them it stays
+# what it was.
+CLOSE_BELOW, OPEN_ABOVE = 0.4, 0.6
+# An opening or closing that is undone sooner is a flicker.
+LEAST_SECONDS = 0.4
+# The most that a grasp or a release lasts.
+HANDLING_SECONDS = 1.0
+# The arm stands still below this speed.
+STILL_M_PER_SECOND = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,32 +49,27 @@ class Segment:
 
 
 def segment_episode(
-    gripper: np.ndarray,
-    positions: np.ndarray | None,
-    control_hz: float,
-    settings: PhaseSettings | None = None,
+    gripper: np.ndarray, positions: np.ndarray | None, control_hz: float
 ) -> tuple[Segment, ...]:
     """Cuts an episode into phases.
 
     Args:
       gripper: float[N], absolute command, 1 open and 0 closed.
       positions: float[N, 3], m, of the gripper; None where they are not known: a grasp and a
-        release then last for `handling_seconds`.
+        release then last for HANDLING_SECONDS.
       control_hz: steps a second.
-      settings: thresholds.
 
     Returns:
       Segments in order that cover the rows. A single "move" if the gripper does nothing.
     """
-    settings = settings or PhaseSettings()
-    runs = _runs(gripper, max(1, round(settings.least_seconds * control_hz)), settings)
+    runs = _runs(gripper, max(1, round(LEAST_SECONDS * control_hz)))
     if len(runs) < 2:
         return (Segment(phase="move", start=0, stop=len(gripper)),)
     last_closed = max(number for number, (closed, _, _) in enumerate(runs) if closed)
     segments: list[Segment] = []
     cycle = 0
     for number, (closed, start, stop) in enumerate(runs):
-        handled = _handled(positions, start, stop, control_hz, settings)
+        handled = _handled(positions, start, stop, control_hz)
         if closed and number:
             parts = [("grasp", start, handled), ("move", handled, stop)]
         elif closed:
@@ -110,26 +86,24 @@ def segment_episode(
     return tuple(_joined(segments))
 
 
-def is_closed(gripper: np.ndarray, settings: PhaseSettings | None = None) -> np.ndarray:
+def is_closed(gripper: np.ndarray) -> np.ndarray:
     """bool[N], whether the gripper is closed, with hysteresis.
 
     Args:
       gripper: float[N], 1 open and 0 closed.
-      settings: its thresholds.
     """
-    settings = settings or PhaseSettings()
-    decided = (gripper < settings.close_below) | (gripper > settings.open_above)
+    decided = (gripper < CLOSE_BELOW) | (gripper > OPEN_ABOVE)
     # Each step takes its state from the last decided one; before the first, from the nearer end.
     last = np.maximum.accumulate(np.where(decided, np.arange(len(gripper)), 0))
     return gripper[last] < 0.5
 
 
-def _runs(gripper: np.ndarray, least: int, settings: PhaseSettings) -> list[tuple[bool, int, int]]:
+def _runs(gripper: np.ndarray, least: int) -> list[tuple[bool, int, int]]:
     """(closed, start, stop) of the stretches in one state, flickers taken out.
 
     The last stretch is kept however short it is: many episodes end as soon as they let go.
     """
-    closed = is_closed(gripper, settings)
+    closed = is_closed(gripper)
     edges = [0, *(np.flatnonzero(np.diff(closed)) + 1).tolist(), len(closed)]
     runs: list[tuple[bool, int, int]] = []
     begin = 0
@@ -145,15 +119,13 @@ def _runs(gripper: np.ndarray, least: int, settings: PhaseSettings) -> list[tupl
     return runs
 
 
-def _handled(
-    positions: np.ndarray | None, start: int, stop: int, hz: float, settings: PhaseSettings
-) -> int:
+def _handled(positions: np.ndarray | None, start: int, stop: int, hz: float) -> int:
     """Where the arm moves on after a change of the gripper at `start`."""
-    limit = min(stop, start + max(1, round(settings.handling_seconds * hz)))
+    limit = min(stop, start + max(1, round(HANDLING_SECONDS * hz)))
     if positions is None:
         return limit
     speed = np.linalg.norm(np.diff(positions[start + 1 : limit + 1], axis=0), axis=-1) * hz
-    moving = np.flatnonzero(speed > settings.still_m_per_second)
+    moving = np.flatnonzero(speed > STILL_M_PER_SECOND)
     return start + 1 + int(moving[0]) if len(moving) else limit
 
 

@@ -28,7 +28,7 @@ from data_pipelines.annotate.episode import (
     is_up_to_date,
     totals,
 )
-from data_pipelines.annotate.motion import Axes, MotionSettings
+from data_pipelines.annotate.motion import Axes
 from data_pipelines.annotate.openai_endpoint import (
     Endpoint,
     EndpointDetector,
@@ -38,8 +38,10 @@ from data_pipelines.annotate.openai_endpoint import (
 from data_pipelines.annotate.schema import AnnotationWriter
 from data_pipelines.annotate.view import EpisodeView
 from data_pipelines.annotate.writers import BoxDetector, RuleWriter, SubtaskWriter
+from data_pipelines.cli import at_least_one, option
 from data_pipelines.index.build import open_or_build
 from data_pipelines.index.format import Index
+from data_pipelines.storage import local_path
 
 
 def annotate_index(
@@ -110,11 +112,10 @@ def _in_order(
 
 def writer_named(description: str) -> SubtaskWriter:
     """A subtask writer by "rules" or "openai:URL,MODEL"."""
-    kind, _, rest = description.partition(":")
     if description == "rules":
         return RuleWriter()
-    if kind == "openai":
-        return EndpointWriter(endpoint=_endpoint(rest))
+    if description.startswith("openai:"):
+        return EndpointWriter(endpoint=_endpoint(description))
     raise ValueError(f"writer {description!r}; allowed: rules, openai:URL,MODEL")
 
 
@@ -123,20 +124,22 @@ def detector_named(description: str) -> BoxDetector | None:
     kind, _, rest = description.partition(":")
     if description == "none":
         return None
-    if kind == "openai":
-        return EndpointDetector(endpoint=_endpoint(rest))
+    if description.startswith("openai:"):
+        return EndpointDetector(endpoint=_endpoint(description))
     if kind == "zero-shot" and rest:
         from data_pipelines.annotate.zero_shot_detection import ZeroShotDetector
 
         try:
-            return ZeroShotDetector(rest)
+            return ZeroShotDetector(local_path(rest, "detector"))
         except ImportError as error:
             raise ValueError(f"detector {description!r}: {error}") from error
     raise ValueError(f"detector {description!r}; allowed: none, zero-shot:FOLDER, openai:URL,MODEL")
 
 
-def _endpoint(rest: str) -> Endpoint:
-    url, _, model = rest.rpartition(",")
+def _endpoint(description: str) -> Endpoint:
+    url, comma, model = description.removeprefix("openai:").rpartition(",")
+    if not comma:
+        raise ValueError(f"{description!r} lacks a URL or a model; allowed: openai:URL,MODEL")
     return Endpoint(url=url, model=model)
 
 
@@ -147,10 +150,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--detector", default="none", help="none, zero-shot:FOLDER or openai:URL,MODEL"
     )
     parser.add_argument(
-        "--box-every", type=int, default=1, help="look for objects every so many steps"
+        "--box-every",
+        type=option(at_least_one),
+        default=1,
+        help="look for objects every so many steps",
     )
     parser.add_argument(
-        "--axes", type=Axes.parse, default=Axes(), help="forward,left,up (default: +x,+y,+z)"
+        "--axes",
+        type=option(Axes.parse),
+        default=Axes(),
+        help="forward,left,up (default: +x,+y,+z)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file made of other inputs"
@@ -159,9 +168,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> AnnotateSettings:
     """The settings that these options name."""
-    return AnnotateSettings(
-        motion=MotionSettings(axes=arguments.axes), box_every_steps=arguments.box_every
-    )
+    return AnnotateSettings(axes=arguments.axes, box_every_steps=arguments.box_every)
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
@@ -181,17 +188,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "source", metavar="DIR_OR_INDEX", help="dataset (path or URL) or folder of an index"
     )
-    parser.add_argument("--out", required=True, type=Path, help="annotation file, .jsonl")
+    parser.add_argument(
+        "--out", required=True, type=option(local_path), help="annotation file, .jsonl"
+    )
     parser.add_argument("--split", default="train", help="of a dataset (default: train)")
     parser.add_argument(
         "--definitions", metavar="FILE.toml", help="datasets besides the built-in ones"
     )
     parser.add_argument("--name", help="of the dataset, whatever its files call it")
     add_options(parser)
-    parser.add_argument("--workers", type=int, default=1, help="threads")
+    parser.add_argument("--workers", type=option(at_least_one), default=1, help="threads")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     arguments = parser.parse_args(argv)
-    settings = settings_of(arguments)
+    # What cannot be is said before an index is made.
+    writer, detector = writer_named(arguments.writer), detector_named(arguments.detector)
     start = time.perf_counter()
     try:
         result = annotate_index(
@@ -202,9 +212,9 @@ def main(argv: Sequence[str]) -> int:
                 definitions=arguments.definitions,
             ),
             arguments.out,
-            writer=writer_named(arguments.writer),
-            detector=detector_named(arguments.detector),
-            settings=settings,
+            writer=writer,
+            detector=detector,
+            settings=settings_of(arguments),
             workers=arguments.workers,
             overwrite=arguments.overwrite,
         )

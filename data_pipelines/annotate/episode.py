@@ -18,13 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.annotate.anchors import (
-    PhaseSettings,
-    Segment,
-    parse_instruction,
-    segment_episode,
-)
-from data_pipelines.annotate.motion import MotionSettings, motion_texts
+from data_pipelines.annotate.anchors import Segment, parse_instruction, segment_episode
+from data_pipelines.annotate.motion import Axes, motion_texts
 from data_pipelines.annotate.schema import SCHEMA_VERSION
 from data_pipelines.annotate.view import EpisodeView, has_episode
 from data_pipelines.annotate.writers import BoxDetector, SubtaskWriter, goal_of
@@ -41,13 +36,12 @@ class AnnotateSettings:
     """How to annotate.
 
     Attributes:
-      phases, motion: thresholds.
+      axes: the robot's frame.
       box_every_steps: look for objects in each n-th step of a phase and in its last one; steps
         between two finds get boxes in between (linearly interpolated).
     """
 
-    phases: PhaseSettings = field(default_factory=PhaseSettings)
-    motion: MotionSettings = field(default_factory=MotionSettings)
+    axes: Axes = field(default_factory=Axes)
     box_every_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -98,7 +92,7 @@ def annotate_episode(
       view: the episode.
       writer: puts phases into words.
       detector: finds objects; None for no boxes.
-      settings: thresholds.
+      settings: the robot's frame, how often to look.
 
     Returns:
       As in `data_pipelines.annotate.schema`. `provenance["missing"]` counts the steps that lack
@@ -109,7 +103,7 @@ def annotate_episode(
         missing["no gripper command"] = len(view)
         segments: tuple[Segment, ...] = (Segment(phase="move", start=0, stop=len(view)),)
     else:
-        segments = segment_episode(view.gripper, view.positions, view.control_hz, settings.phases)
+        segments = segment_episode(view.gripper, view.positions, view.control_hz)
         missing["gripper does nothing"] = len(view) if len(segments) == 1 else 0
     subtasks = writer.subtasks(view, segments)
     if len(subtasks) != len(segments):
@@ -120,9 +114,7 @@ def annotate_episode(
         missing["no gripper path"] = len(view)
         motions = [""] * len(view)
     else:
-        motions = motion_texts(
-            segments, view.positions, view.turns, view.control_hz, settings.motion
-        )
+        motions = motion_texts(segments, view.positions, view.turns, view.control_hz, settings.axes)
     boxes = _boxes(view, segments, detector, settings.box_every_steps, missing)
     _count_words(view, segments, missing)
     steps = {}

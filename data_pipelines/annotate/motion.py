@@ -7,7 +7,7 @@
 
 Two sentences, global and local. Each names the directions of one displacement in the robot's frame:
 forward or backward, left or right, then up or down. A direction is named if its part is over
-`named_m` and over `dominance` of the largest part; then turns (counterclockwise is as seen from
+NAMED_M and over DOMINANCE of the largest part; then turns (counterclockwise is as seen from
 above; a tilt is named after the side to which the gripper's top leans). With nothing to name:
 "Hold still.". While it grasps or releases, both sentences are about the gripper.
 
@@ -20,13 +20,17 @@ parts relative to the whole are those of Embodied Chain-of-Thought's move primit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from data_pipelines.annotate.anchors import Segment
 
+# Least displacement and turn with a name, and least share of the largest displacement.
+NAMED_M, NAMED_RAD, DOMINANCE = 0.01, 0.3, 0.25
+# How far "now" reaches.
+LOCAL_SECONDS = 0.6
 _MOVES = (("forward", "backward"), ("left", "right"), ("up", "down"))
 _TURNS = (
     ("tilt right", "tilt left"),
@@ -73,29 +77,7 @@ class Axes:
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class MotionSettings:
-    """What is worth a word.
-
-    Attributes:
-      axes: the robot's frame.
-      named_m, named_rad: least displacement and turn with a name.
-      dominance: ... and least share of the largest displacement.
-      local_seconds: how far "now" reaches.
-    """
-
-    axes: Axes = field(default_factory=Axes)
-    named_m: float = 0.01
-    named_rad: float = 0.3
-    dominance: float = 0.25
-    local_seconds: float = 0.6
-
-    def __post_init__(self) -> None:
-        for name in ("named_m", "named_rad", "local_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.dominance < 1:
-            raise ValueError(f"dominance is {self.dominance}; allowed is 0 <= dominance < 1")
+_BASE = Axes()  # of most robots
 
 
 def motion_texts(
@@ -103,7 +85,7 @@ def motion_texts(
     positions: np.ndarray,
     turns: np.ndarray | None,
     control_hz: float,
-    settings: MotionSettings | None = None,
+    axes: Axes = _BASE,
 ) -> list[str]:
     """The motion text of every row.
 
@@ -113,13 +95,12 @@ def motion_texts(
       turns: float[N, 3], rad, rotation that each row's action makes about x, y and z; None where
         that is not known.
       control_hz: steps a second.
-      settings: thresholds and the robot's frame.
+      axes: the robot's frame.
 
     Returns:
       N texts of two sentences.
     """
-    settings = settings or MotionSettings()
-    window = max(1, round(settings.local_seconds * control_hz))
+    window = max(1, round(LOCAL_SECONDS * control_hz))
     wrapped = np.zeros((len(positions), 3)) if turns is None else _wrap(turns)
     turned = np.concatenate([np.zeros((1, 3)), np.cumsum(wrapped, axis=0)])  # before each row
     # Nothing is known of the motion after the last row.
@@ -132,7 +113,7 @@ def motion_texts(
             if gripper:  # the arm stands still meanwhile: its way is a tremor
                 there = soon = row
             towards, now = (
-                describe(places[end] - places[row], turned[end] - turned[row], gripper, settings)
+                describe(places[end] - places[row], turned[end] - turned[row], gripper, axes)
                 for end in (there, soon)
             )
             texts.append(f"{towards} Now {now[0].lower()}{now[1:]}")
@@ -143,7 +124,7 @@ def describe(
     displacement: np.ndarray,
     rotation: np.ndarray,
     gripper_change: int,
-    settings: MotionSettings | None = None,
+    axes: Axes = _BASE,
 ) -> str:
     """A motion in one sentence.
 
@@ -151,20 +132,19 @@ def describe(
       displacement: float[3], m, in the dataset's coordinates.
       rotation: float[3], rad, about x, y and z.
       gripper_change: +1 opens, -1 closes, 0 stays.
-      settings: thresholds and the robot's frame.
+      axes: the robot's frame.
 
     Returns:
       `([0.05, 0.03, -0.1], [0, 0, 0.5], -1)` ->
       "Move forward and left, then down, turn counterclockwise, close the gripper."
     """
-    settings = settings or MotionSettings()
-    parts = settings.axes.matrix @ displacement
-    least = max(settings.named_m, settings.dominance * float(np.abs(parts).max()))
+    parts = axes.matrix @ displacement
+    least = max(NAMED_M, DOMINANCE * float(np.abs(parts).max()))
     named = _names(_MOVES, parts, least)
     sideways = " and ".join(filter(None, named[:2]))
     moves = ", then ".join(filter(None, (sideways, named[2])))
     words = [f"move {moves}"] if moves else []
-    words += filter(None, _names(_TURNS, settings.axes.matrix @ rotation, settings.named_rad))
+    words += filter(None, _names(_TURNS, axes.matrix @ rotation, NAMED_RAD))
     if gripper_change:
         words.append("open the gripper" if gripper_change > 0 else "close the gripper")
     text = ", ".join(words) or "hold still"

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,13 +29,16 @@ import numpy as np
 import simplejpeg
 
 from data_pipelines.annotate.anchors import Segment
-from data_pipelines.annotate.schema import BadEntries, checked_box
+from data_pipelines.annotate.schema import checked_box
 from data_pipelines.annotate.view import EpisodeView
 from lara_jax.tokenizers.prompt import Box
 
 API_KEY = "OPENAI_API_KEY"
 PROMPT_VERSION = 1
 LONGEST_SUBTASK = 200
+TIMEOUT_SECONDS = 120.0  # for one answer
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 1.0  # before the second attempt; doubled before each further one
 _LONGEST_WAIT_SECONDS = 60.0
 
 Answer = TypeVar("Answer")
@@ -55,23 +58,15 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where the model is, and how patient we are.
+    """Where the model is.
 
     Attributes:
       url: as "http://127.0.0.1:8000/v1".
       model: the name under which the server knows it.
-      timeout_seconds: for one answer.
-      attempts: how often to ask.
-      first_wait_seconds: before the second attempt; doubled before each further one.
-      sleep: waits.
     """
 
     url: str
     model: str
-    timeout_seconds: float = 120.0
-    attempts: int = 5
-    first_wait_seconds: float = 1.0
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -79,8 +74,6 @@ class Endpoint:
             raise ValueError(f"endpoint {self.url!r}; expected a URL as http://127.0.0.1:8000/v1")
         if not self.model:
             raise ValueError(f"endpoint {self.url}: no model named; expected openai:URL,MODEL")
-        if self.attempts < 1:
-            raise ValueError(f"attempts is {self.attempts}; it must be at least 1")
 
     @property
     def name(self) -> str:
@@ -113,10 +106,10 @@ class Endpoint:
             "messages": [{"role": "user", "content": content}],
         }
         request = self._request(json.dumps(body).encode())
-        wait = self.first_wait_seconds
-        for attempt in range(self.attempts):
+        wait = FIRST_WAIT_SECONDS
+        for attempt in range(ATTEMPTS):
             try:
-                with _OPENER.open(request, timeout=self.timeout_seconds) as response:
+                with _OPENER.open(request, timeout=TIMEOUT_SECONDS) as response:
                     return check(_content(response.read()))
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}: {error.read(300)!r}"
@@ -127,12 +120,10 @@ class Endpoint:
                 problem = f"no answer ({error})"
             except ValueError as error:
                 problem = f"not the answer that was asked for: {error}"
-            if attempt + 1 < self.attempts:
-                self.sleep(min(wait, _LONGEST_WAIT_SECONDS))
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(min(wait, _LONGEST_WAIT_SECONDS))
                 wait *= 2
-        raise EndpointError(
-            f"{self.url}, model {self.model}: {problem}; asked {self.attempts} times"
-        )
+        raise EndpointError(f"{self.url}, model {self.model}: {problem}; asked {ATTEMPTS} times")
 
     def _request(self, body: bytes) -> urllib.request.Request:
         url = self.url.rstrip("/")
@@ -214,9 +205,7 @@ class EndpointDetector:
                 raise ValueError(
                     f'expected "boxes" with {len(phrases)} entries; got {found!r:.200}'
                 )
-            return [
-                None if box is None else checked_box(box, "answer", BadEntries()) for box in found
-            ]
+            return [None if box is None else checked_box(box, "answer") for box in found]
 
         return [self.endpoint.ask(text, [image], check) for image in images]
 

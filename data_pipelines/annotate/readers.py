@@ -21,19 +21,19 @@ import json
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipelines.annotate.jsonl import LineTable
 from data_pipelines.annotate.schema import (
-    BadEntries,
     checked_box,
     checked_step,
     object_of,
     read_steps,
     text_of,
 )
+from data_pipelines.storage import local_path
 from lara_jax.tokenizers.prompt import Annotation, Box
 
 # The key that a LeRobot data set's episodes have here.
@@ -51,7 +51,8 @@ class EpisodeName:
     Attributes:
       key: what identifies it in the dataset; empty where nothing does.
       number: among all episodes of the split, from 0 (EPISODE.number).
-      dataset, split: where it belongs.
+      dataset: what the data call themselves, whatever definition they are read by.
+      split: of it.
       stored_steps: how many it has.
     """
 
@@ -85,21 +86,18 @@ class AnnotationProvider(Protocol):
         """
 
 
-def open_provider(description: str, *, drop_bad_entries: bool = False) -> AnnotationProvider:
+def open_provider(description: str) -> AnnotationProvider:
     """A provider by the kind and the paths of its files.
 
     Args:
       description: "lara:CAPTIONS[,BOXES]", "ecot:FILE" or "own:FILE".
-      drop_bad_entries: leave boxes outside the image, inverted ones and unknown steps out, and
-        count them in `bad.counts`, instead of failing.
 
     Raises:
       FileNotFoundError: a file is not there.
-      ValueError: the description or a file is malformed.
+      ValueError: the description or a file is malformed, or a file is not a local one.
     """
     kind, _, rest = description.partition(":")
-    paths = [Path(path).absolute() for path in rest.split(",") if path]
-    bad = BadEntries(drop=drop_bad_entries)
+    paths = [local_path(path, "annotations file").absolute() for path in rest.split(",") if path]
     most = {"lara": 2, "ecot": 1, "own": 1}
     if kind not in most or not 1 <= len(paths) <= most[kind]:
         raise ValueError(
@@ -110,10 +108,10 @@ def open_provider(description: str, *, drop_bad_entries: bool = False) -> Annota
     if missing:
         raise FileNotFoundError(f"annotations {description!r}: there is no file {missing[0]}")
     if kind == "lara":
-        return LaraAnnotations.read(*paths, bad=bad)
+        return LaraAnnotations.read(*paths)
     if kind == "ecot":
-        return EcotAnnotations.read(*paths, bad=bad)
-    return OwnAnnotations.read(*paths, bad=bad)
+        return EcotAnnotations.read(*paths)
+    return OwnAnnotations.read(*paths)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,21 +119,20 @@ class OwnAnnotations:
     """Our own file (`data_pipelines.annotate.schema`)."""
 
     table: LineTable[str | int]
-    bad: BadEntries = field(default_factory=BadEntries)
 
     @classmethod
-    def read(cls, path: Path, *, bad: BadEntries) -> "OwnAnnotations":
+    def read(cls, path: Path) -> "OwnAnnotations":
         """Opens a file; see `open_provider`."""
 
         def key_of(line: Mapping[str, Any], where: str) -> str | int:
             return text_of(line, "key", where) or _integer(line, "number", where)
 
-        return cls(table=LineTable.read(path, key_of), bad=bad)
+        return cls(table=LineTable.read(path, key_of))
 
     @property
     def fingerprint(self) -> str:
         """See `AnnotationProvider`; likewise the next one."""
-        return _fingerprint("own", self.table.digest, self.bad)
+        return _fingerprint("own", self.table.digest)
 
     @property
     def description(self) -> str:
@@ -161,7 +158,7 @@ class OwnAnnotations:
                     f"{where}: not of {name}: its provenance has {fact} {given!r}, "
                     f"the episode {wanted!r}"
                 )
-        return read_steps(line, where, self.bad)
+        return read_steps(line, where)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,12 +176,9 @@ class LaraAnnotations:
 
     captions: LineTable[int]
     boxes: LineTable[int] | None = None
-    bad: BadEntries = field(default_factory=BadEntries)
 
     @classmethod
-    def read(
-        cls, captions: Path, boxes: Path | None = None, *, bad: BadEntries
-    ) -> "LaraAnnotations":
+    def read(cls, captions: Path, boxes: Path | None = None) -> "LaraAnnotations":
         """Opens both files; see `open_provider`."""
 
         def key_of(line: Mapping[str, Any], where: str) -> int:
@@ -193,14 +187,13 @@ class LaraAnnotations:
         return cls(
             captions=LineTable.read(captions, key_of),
             boxes=LineTable.read(boxes, key_of) if boxes else None,
-            bad=bad,
         )
 
     @property
     def fingerprint(self) -> str:
         """See `AnnotationProvider`; likewise the next one."""
         digests = self.captions.digest + (self.boxes.digest if self.boxes else "")
-        return _fingerprint("lara", digests, self.bad)
+        return _fingerprint("lara", digests)
 
     @property
     def description(self) -> str:
@@ -239,9 +232,8 @@ class LaraAnnotations:
             if not isinstance(entry, dict):
                 raise ValueError(f"{place}: should be a JSON object; got {entry!r:.80}")
             both = (text_of(entry, "subtask", place), text_of(entry, "reasoning", place))
-            step = checked_step(name, stored_steps, where, self.bad) if any(both) else None
-            if step is not None:
-                texts[step] = both
+            if any(both):
+                texts[checked_step(name, stored_steps, where)] = both
         return texts
 
     def _boxes(
@@ -260,7 +252,7 @@ class LaraAnnotations:
             columns.append(column)
         boxes = {}
         for step, pair in enumerate(zip(*columns, strict=True)):
-            checked = [box and checked_box(box, f"{where}, step {step}", self.bad) for box in pair]
+            checked = [box and checked_box(box, f"{where}, step {step}") for box in pair]
             if checked[0]:
                 boxes[step] = tuple(filter(None, checked))
         return boxes
@@ -283,19 +275,14 @@ class EcotAnnotations:
       path: the file.
       episodes: first byte and end of each episode, by key: file path, "_", episode's number.
       digest: SHA-256 of the file.
-      image_px: side of the images that boxes are given in.
     """
 
     path: Path
     episodes: Mapping[str, tuple[int, int]]
     digest: str
-    bad: BadEntries = field(default_factory=BadEntries)
-    image_px: int = ECOT_IMAGE_PX
 
     @classmethod
-    def read(
-        cls, path: Path, *, bad: BadEntries, image_px: int = ECOT_IMAGE_PX
-    ) -> "EcotAnnotations":
+    def read(cls, path: Path) -> "EcotAnnotations":
         """Opens a file; see `open_provider`."""
         episodes: dict[str, tuple[int, int]] = {}
         with open(path, "rb") as file, _mapped(file, path) as data:
@@ -305,12 +292,12 @@ class EcotAnnotations:
                     raise ValueError(f"{path}: episode {key!r} is there twice")
                 episodes[key] = (start, end)
             digest = hashlib.sha256(data).hexdigest()
-        return cls(path=path, episodes=episodes, digest=digest, bad=bad, image_px=image_px)
+        return cls(path=path, episodes=episodes, digest=digest)
 
     @property
     def fingerprint(self) -> str:
         """See `AnnotationProvider`; likewise the next one."""
-        return _fingerprint(f"ecot {self.image_px}", self.digest, self.bad)
+        return _fingerprint("ecot", self.digest)
 
     @property
     def description(self) -> str:
@@ -327,9 +314,7 @@ class EcotAnnotations:
         boxes = features.get("bboxes") or ()
         annotations = {}
         for number, entry in reasoning.items():
-            step = checked_step(number, stored_steps, where, self.bad)
-            if step is None:
-                continue
+            step = checked_step(number, stored_steps, where)
             place = f"{where}, step {step}"
             if not isinstance(entry, dict):
                 raise ValueError(f"{place}: should be a JSON object; got {entry!r:.80}")
@@ -377,12 +362,11 @@ class EcotAnnotations:
             if noun in words:
                 place = words.index(noun)
                 named[place] = max(entry, named.get(place, entry), key=likeness)
-        side = (float(self.image_px),) * 2
-        boxes = [
-            checked_box(named[place][2], where, self.bad, scale=side, tolerance=ECOT_OVERHANG)
+        side = (float(ECOT_IMAGE_PX),) * 2
+        return tuple(
+            checked_box(named[place][2], where, scale=side, tolerance=ECOT_OVERHANG)
             for place in sorted(named)[:2]
-        ]
-        return tuple(filter(None, boxes)) if all(boxes) else ()
+        )
 
 
 _BRACES_AND_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]', re.DOTALL)
@@ -433,7 +417,6 @@ def _integer(line: Mapping[str, Any], name: str, where: str) -> int:
     return value
 
 
-def _fingerprint(kind: str, digest: str, bad: BadEntries) -> str:
-    """Of the reader, its options and what it reads."""
-    facts = f"1 {kind} {bad.drop} {digest}"
-    return f"{kind.split()[0]}:{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
+def _fingerprint(kind: str, digest: str) -> str:
+    """Of the reader and what it reads."""
+    return f"{kind}:{hashlib.sha256(f'2 {kind} {digest}'.encode()).hexdigest()[:32]}"

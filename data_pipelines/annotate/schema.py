@@ -9,8 +9,9 @@
 Steps are counted as they are stored. Boxes are normalised (x1, y1, x2, y2): the object, then the
 destination. A line with a key belongs to the episode with that key; one without to the episode with
 that number among all of its dataset's split, those without steps counted, too, and then `dataset`,
-`split` and `stored_steps` must be there. What `provenance` says of them has to fit the episode.
-`inputs` changes when anything changes that the line depends on.
+`split` and `stored_steps` must be there. What `provenance` says of them has to fit the episode;
+`dataset` is what the data call themselves, whatever definition they are read by. `inputs` changes
+when anything changes that the line depends on.
 
 A line is written whole or not at all: what a killed run left half-written has no line end, and the
 next run cuts it off.
@@ -20,9 +21,7 @@ import fcntl
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,88 +34,57 @@ TOLERANCE = 1e-3
 _LINE_START = f'{{"schema": {SCHEMA_VERSION}, '.encode()
 
 
-@dataclass(frozen=True, kw_only=True)
-class BadEntries:
-    """What to do with a box or step that cannot be: an error, or left out and counted.
-
-    Attributes:
-      drop: leave it out.
-      counts: how many were left out, by kind.
-    """
-
-    drop: bool = False
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def report(self, kind: str, message: str) -> None:
-        """Counts one bad entry.
-
-        Raises:
-          ValueError: they are not to be left out.
-        """
-        if not self.drop:
-            raise ValueError(message)
-        self.counts[kind] += 1
-
-
 def checked_box(
     values: Any,
     where: str,
-    bad: BadEntries,
     *,
     scale: tuple[float, float] = (1.0, 1.0),
     tolerance: float = TOLERANCE,
-) -> Box | None:
+) -> Box:
     """A box in normalised coordinates, cut to the image where it sticks out by rounding only.
 
     Args:
       values: [x1, y1, x2, y2].
       where: names it in messages.
-      bad: what to do with one that is inverted, lies outside or is no box at all.
       scale: (width, height) of the image in the units of `values`.
       tolerance: how far it may stick out, of the image's side.
 
-    Returns:
-      The box; None where it was left out.
+    Raises:
+      ValueError: it is inverted, lies outside or is no box at all.
     """
     numbers = isinstance(values, Sequence) and all(
         isinstance(x, int | float) and math.isfinite(x) for x in values
     )
     if not numbers or len(values) != 4:
-        bad.report("boxes that are none", f"{where}: a box is 4 numbers x1 y1 x2 y2; got {values}")
-        return None
+        raise ValueError(f"{where}: a box is 4 numbers x1 y1 x2 y2; got {values}")
     width, height = scale
     x1, y1, x2, y2 = (
         float(value) / side for value, side in zip(values, (width, height) * 2, strict=True)
     )
     if x2 < x1 or y2 < y1:
-        bad.report("inverted boxes", f"{where}: box {list(values)} is inverted (x1 y1 x2 y2)")
-        return None
+        raise ValueError(f"{where}: box {list(values)} is inverted (x1 y1 x2 y2)")
     if min(x1, y1) < -tolerance or max(x2, y2) > 1 + tolerance:
-        bad.report(
-            "boxes outside the image",
-            f"{where}: box {list(values)} lies outside the image, [0, {width:g}] x [0, {height:g}]",
+        raise ValueError(
+            f"{where}: box {list(values)} lies outside the image, [0, {width:g}] x [0, {height:g}]"
         )
-        return None
     return (max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0))
 
 
-def checked_step(name: str, stored_steps: int | None, where: str, bad: BadEntries) -> int | None:
+def checked_step(name: str, stored_steps: int | None, where: str) -> int:
     """A step's number.
 
     Args:
       name: as the file has it, a key of a JSON object.
       stored_steps: how many the episode has, None where that is not known.
       where: names the episode in messages.
-      bad: what to do with one that the episode does not have.
 
-    Returns:
-      The number; None where it was left out.
+    Raises:
+      ValueError: the episode has no such step.
     """
     if name.isdecimal() and (stored_steps is None or int(name) < stored_steps):
         return int(name)
     known = "" if stored_steps is None else f"; the episode has steps 0..{stored_steps - 1}"
-    bad.report("unknown steps", f"{where}, step {name!r}: there is no such step{known}")
-    return None
+    raise ValueError(f"{where}, step {name!r}: there is no such step{known}")
 
 
 def text_of(values: Mapping[str, Any], name: str, where: str) -> str:
@@ -143,13 +111,12 @@ def object_of(values: Mapping[str, Any], name: str, where: str) -> Mapping[str, 
     return value
 
 
-def read_steps(values: Mapping[str, Any], where: str, bad: BadEntries) -> dict[int, Annotation]:
+def read_steps(values: Mapping[str, Any], where: str) -> dict[int, Annotation]:
     """The annotations of one line of our file.
 
     Args:
       values: the parsed line.
       where: names the line in messages, such as "a.jsonl, line 3, episode 'x'".
-      bad: what to do with boxes and steps that cannot be.
 
     Raises:
       ValueError: the line is not as the schema says.
@@ -161,17 +128,13 @@ def read_steps(values: Mapping[str, Any], where: str, bad: BadEntries) -> dict[i
     stored_steps = values.get("provenance", {}).get("stored_steps")
     annotations = {}
     for name, entry in object_of(values, "steps", where).items():
-        step = checked_step(name, stored_steps, where, bad)
-        if step is None:
-            continue
+        step = checked_step(name, stored_steps, where)
         place = f"{where}, step {step}"
         if not isinstance(entry, dict):
             raise ValueError(f"{place}: should be a JSON object; got {entry!r:.80}")
-        boxes = [checked_box(box, place, bad) for box in entry.get("boxes") or ()]
         annotations[step] = Annotation(
             subtask=text_of(entry, "subtask", place),
-            # Without its object, a destination would be taken for one.
-            boxes=tuple(filter(None, boxes)) if all(boxes) else (),
+            boxes=tuple(checked_box(box, place) for box in entry.get("boxes") or ()),
             motion=text_of(entry, "motion", place),
         )
     return annotations

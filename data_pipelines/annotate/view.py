@@ -87,7 +87,7 @@ class EpisodeView:
         return cls(
             key="" if shared else index.key(at),
             number=number,
-            dataset=index.header.dataset,
+            dataset=index.header.own_name,
             split=index.header.split,
             where=f"{index.source}, split {index.header.split}, episode {number}",
             control_hz=index.spec.control_hz,

@@ -8,6 +8,7 @@ Needs the extra `torch`; the checkpoint is a local folder, nothing is downloaded
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ class ZeroShotDetector:
     """Finds phrases in images with a checkpoint of `AutoModelForZeroShotObjectDetection`."""
 
     def __init__(
-        self, path: str, *, threshold: float = 0.2, device: str = "cpu", batch_size: int = 16
+        self, path: str | os.PathLike[str], *, threshold: float = 0.2, batch_size: int = 16
     ) -> None:
         """Loads the checkpoint.
 
         Args:
           path: folder with the model and its processor.
           threshold: least score of a box, in (0, 1).
-          device: of torch, as "cpu" or "cuda".
           batch_size: images at a time.
 
         Raises:
@@ -49,10 +49,10 @@ class ZeroShotDetector:
                 "zero-shot detection needs torch and transformers: install lara-jax[torch]"
             ) from error
         self._torch = torch
-        self._device, self._threshold, self._batch_size = device, threshold, batch_size
+        self._threshold, self._batch_size = threshold, batch_size
         self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
         model = AutoModelForZeroShotObjectDetection.from_pretrained(path, local_files_only=True)
-        self._model = model.to(device).eval()
+        self._model = model.eval()
         weights = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")])
         digests = [_digest(file) for file in (config, *weights)]
         checkpoint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
@@ -72,7 +72,6 @@ class ZeroShotDetector:
         """The best box of one phrase in each image."""
         text = [[phrase]] * len(images)
         inputs = self._processor(images=list(images), text=text, return_tensors="pt")
-        inputs = inputs.to(self._device)
         with self._torch.inference_mode():
             outputs = self._model(**inputs)
         sizes = [image.shape[:2] for image in images]

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser = pipeline.parser("annotate_job", "Makes the annotations of `lara data annotate`.")
     add_options(parser)
     annotate.add_options(parser)
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = pipeline.parse(parser, argv)
     annotator = Annotator(
         writer=arguments.writer,
         detector=arguments.detector,

@@ -37,7 +37,7 @@ class Annotator:
 
     Attributes:
       writer, detector: as `lara data annotate --writer` and `--detector` take them.
-      settings: thresholds.
+      settings: the robot's frame, how often to look.
     """
 
     writer: str = "rules"

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--version", default="1.0.0", help="of the new dataset (default: 1.0.0)")
     parser.add_argument("--split", action="append", help="repeatable (default: train)")
     parser.add_argument("--definitions", help="TOML file with datasets of your own")
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = pipeline.parse(parser, argv)
     known = load_definitions(arguments.definitions)[0] if arguments.definitions else None
     sources = {
         split: LeRobotSource.read(arguments.input, split, definitions=known)

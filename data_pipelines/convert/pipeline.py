@@ -21,7 +21,7 @@ from data_pipelines import storage
 
 
 def parser(job: str, description: str) -> argparse.ArgumentParser:
-    """A command line with --input and --output; what it does not know goes to Beam."""
+    """A command line with --input and --output; `parse` reads it."""
     parser = argparse.ArgumentParser(
         prog=f"python -m data_pipelines.convert.{job}",
         description=description,
@@ -33,8 +33,19 @@ def parser(job: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Any, PipelineOptions]:
+    """A job's own options, and the others, which are Beam's; what neither knows ends the job."""
+    arguments, others = parser.parse_known_args(argv)
+    beams: list[argparse.ArgumentParser] = []
+    PipelineOptions([]).get_all_options(add_extra_args_fn=beams.append)
+    unknown = beams[0].parse_known_args(others)[1]
+    if unknown:  # Beam itself would only warn
+        parser.error(f"neither the job nor Beam knows {' '.join(unknown)}; see --help")
+    return arguments, PipelineOptions(others)
+
+
 def run(
-    elements: Sequence[Any], function: Callable[[Any], Any], results: str, options: Sequence[str]
+    elements: Sequence[Any], function: Callable[[Any], Any], results: str, options: PipelineOptions
 ) -> list[dict[str, Any]]:
     """Applies a function to every element, on as many workers as the runner has.
 
@@ -48,7 +59,7 @@ def run(
     Returns:
       The results by their fields, in any order.
     """
-    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+    with beam.Pipeline(options=options) as pipeline:
         lines = (
             pipeline
             | "elements" >> beam.Create(elements)

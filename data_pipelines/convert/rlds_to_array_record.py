@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser = pipeline.parser("rlds_to_array_record", "Writes a split's frames as step records.")
     add_options(parser)
     parser.add_argument("--cameras", help="names, joined by commas (default: all)")
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = pipeline.parse(parser, argv)
     index, index_folder = index_of(arguments)
     cameras = arguments.cameras.split(",") if arguments.cameras else list(index.header.cameras)
     check_cameras(index, cameras)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_pipelines import storage
 from data_pipelines.convert import pipeline
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         "--filter", action="append", default=[], choices=FLAGS, help="rows not to count; repeatable"
     )
     parser.add_argument("--stride", type=int, default=1, help="of the actions (default: 1)")
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = pipeline.parse(parser, argv)
     source = open_source(
         arguments.input,
         arguments.split,
@@ -68,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     )
     output = storage.absolute(arguments.output)
     count = partial(shard_totals, source, filters=arguments.filter, stride=arguments.stride)
-    with beam.Pipeline(options=PipelineOptions(options)) as job:
+    with beam.Pipeline(options=options) as job:
         totals = (
             job
             | "shards" >> beam.Create(list(range(len(source.shards))))

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.annotate.readers import AnnotationProvider, EpisodeName
-from data_pipelines.annotate.schema import BadEntries, checked_box
+from data_pipelines.annotate.schema import checked_box
 from data_pipelines.index.format import (
     FLAGS,
     Index,
@@ -82,7 +82,7 @@ def episode_names(index: Index) -> list[EpisodeName]:
         EpisodeName(
             key="" if episode["key"] in shared else index.texts[int(episode["key"])],
             number=int(episode["number"]),
-            dataset=index.header.dataset,
+            dataset=index.header.own_name,
             split=index.header.split,
             stored_steps=int(episode["frames"]),
         )
@@ -120,9 +120,9 @@ def checked_annotations(
     for annotation, step in zip(annotations, steps, strict=True):
         if annotation is not None and annotation.boxes:
             boxes = [
-                checked_box(box, f"{where}, step {step}, box {number}", BadEntries())
+                checked_box(box, f"{where}, step {step}, box {number}")
                 for number, box in enumerate(annotation.boxes)
             ]
-            annotation = replace(annotation, boxes=tuple(filter(None, boxes)))
+            annotation = replace(annotation, boxes=tuple(boxes))
         checked.append(None if annotation == Annotation() else annotation)
     return checked

@@ -132,6 +132,19 @@ def open_source(
     )
 
 
+def index_command(
+    path_or_url: str | os.PathLike[str],
+    *,
+    name: str | None,
+    definitions: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str] | None = None,
+) -> str:
+    """The command that makes a dataset's index, for messages; `out` as of `--out`."""
+    options = {"name": name, "definitions": definitions, "out": out}
+    given = "".join(f" --{key} {os.fspath(value)}" for key, value in options.items() if value)
+    return f"lara data index {os.fspath(path_or_url)}{given}"
+
+
 def index_folder(path_or_url: str | os.PathLike[str], split: str) -> Path:
     """Where the index of a dataset's split lies, or is to be made.
 
@@ -161,6 +174,7 @@ def open_index(
     name: str | None = None,
     definitions: str | os.PathLike[str] | None = None,
     verify: bool = False,
+    out: str | os.PathLike[str] | None = None,
 ) -> Index:
     """Opens the index of a dataset's split, if it is one of this data as it is now.
 
@@ -170,23 +184,31 @@ def open_index(
       folder: of the index; None for `index_folder`.
       name: of the dataset, whatever the files call it; None for what they say.
       definitions: a TOML file with datasets besides the built-in ones.
-      verify: read the index's arrays and compare their checksums, and likewise the checksums that
-        the source's records carry.
+      verify: read the index's arrays and all files of the source, and compare their checksums.
+      out: the `--out` that makes the index in `folder`, for messages; None for the folder above.
 
     Raises:
       FileNotFoundError: there is no index, or no such dataset.
       StaleIndex: it has another schema version, the source's files or the dataset's definition have
         changed since, or it is damaged. The message says which.
-      ValueError: it is the index of other data.
+      ValueError: it is the index of other data, or there is no such split.
     """
-    folder = Path(folder) if folder is not None else index_folder(path_or_url, split)
+    source = open_source(path_or_url, split, name=name, definitions=definitions)
+    usual = index_folder(path_or_url, split)
+    folder = Path(folder) if folder is not None else usual
+    if out is None and folder != usual:
+        out = folder.parent
+    command = index_command(
+        path_or_url, name=name or source.spec.name, definitions=definitions, out=out
+    )
     if not (folder / HEADER_FILE).is_file():
         raise FileNotFoundError(
-            f"{os.fspath(path_or_url)}, split {split!r}, has no index at {folder}: "
-            f"run `lara data index {os.fspath(path_or_url)}{f' --name {name}' if name else ''}`"
+            f"{os.fspath(path_or_url)}, split {split!r}, has no index at {folder}: run `{command}`"
         )
-    source = open_source(path_or_url, split, name=name, definitions=definitions)
-    return _open_checked(folder, source, verify=verify)
+    try:
+        return _open_checked(folder, source, verify=verify)
+    except StaleIndex as error:
+        raise StaleIndex(f"{error}: run `{command}` again") from error
 
 
 def build_index(
@@ -221,6 +243,8 @@ def build_index(
         and step.
       OSError: a file of the index cannot be written, or one of a remote source not be read.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
     if max_bad_fraction is not None and not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; allowed 0 to 1")
     if max_bad_fraction is not None and not decode_frames:
@@ -234,7 +258,7 @@ def build_index(
         flag_bad_frames=max_bad_fraction is not None,
     )
     folder = Path(folder) if folder is not None else index_folder(path_or_url, split)
-    index = _fresh(folder, source, verify=verify, report=False)
+    index = _fresh(folder, source, verify=verify)
     if index is None or parts_folder(folder).exists():
         with locked(folder):
             index = _fresh(folder, source, verify=verify, report=True)
@@ -253,7 +277,9 @@ def build_index(
         return index
     with locked(folder):
         index = Index.open(folder, source=source.source)
-        return index if _has(index, annotations) else attach_annotations(index, annotations)
+        if not _has(index, annotations):
+            attach_annotations(index, annotations)
+    return Index.open(folder, source=source.source, spec=source.spec)
 
 
 def open_or_build(
@@ -321,7 +347,7 @@ def _open_by_itself(
         f.path: None if facts is None else facts.size
         for f, facts in zip(header.files, found, strict=True)
     }
-    _check_sizes(index, sizes, f"the index {folder} is stale: make it again")
+    _check_sizes(index, sizes)
     return index
 
 
@@ -347,40 +373,39 @@ def _open_checked(folder: Path, source: IndexSource, *, verify: bool) -> Index:
                 f"{folder} is the index of other data: {name} {found!r}, asked for {wanted!r}; "
                 f"choose another folder or remove it"
             )
-    command = f"lara data index {source.source} --name {source.dataset}"
-    again = f"the index {folder} is stale: run `{command}` again"
+    stale = f"the index {folder} is stale"
     if header.spec.fingerprint != source.spec.fingerprint:
         raise StaleIndex(
-            f"{again}; the definition of dataset {header.spec.name!r} has changed "
+            f"{stale}: the definition of dataset {header.spec.name!r} has changed "
             f"({header.spec.fingerprint}, now {source.spec.name!r}, {source.spec.fingerprint})"
         )
     if set(header.cameras) != set(source.cameras):
         raise StaleIndex(
-            f"{again}; it has the cameras {sorted(header.cameras)}, "
+            f"{stale}: it has the cameras {sorted(header.cameras)}, "
             f"the data {sorted(source.cameras)}"
         )
-    _check_sizes(index, {path: file.size for path, file in now.items()}, again)
+    _check_sizes(index, {path: file.size for path, file in now.items()})
     if verify:
         try:
             index.check()
         except ValueError as error:
             raise StaleIndex(str(error)) from error
-    _check_content(index, source, again, every=verify)
+    _check_content(index, source, every=verify)
     return Index.open(folder, source=source.source, spec=source.spec)
 
 
-def _check_sizes(index: Index, now: Mapping[str, int | None], again: str) -> None:
+def _check_sizes(index: Index, now: Mapping[str, int | None]) -> None:
     """Refuses an index whose files are not there or have other sizes."""
     known = {file.path: file.size for file in index.header.files}
     for name in sorted(known.keys() | now.keys()):
         if known.get(name) != now.get(name):
             raise StaleIndex(
-                f"{again}; {storage.join(index.source, name)} has {now.get(name)} bytes, "
-                f"it had {known.get(name)} (None: there is no such file)"
+                f"the index {index.folder} is stale: {storage.join(index.source, name)} has "
+                f"{now.get(name)} bytes, it had {known.get(name)} (None: there is no such file)"
             )
 
 
-def _check_content(index: Index, source: IndexSource, again: str, *, every: bool) -> None:
+def _check_content(index: Index, source: IndexSource, *, every: bool) -> None:
     """Compares checksums: of every file, or of those that seem to have been touched."""
     known = {file.path: file for file in index.header.files}
     touched = [
@@ -393,7 +418,10 @@ def _check_content(index: Index, source: IndexSource, again: str, *, every: bool
         file = source.files[number]
         if known[file.path].checksum != source.checksum(number):
             path = storage.join(source.source, file.path)
-            raise StaleIndex(f"{again}; {path} holds something else than what was indexed")
+            raise StaleIndex(
+                f"the index {index.folder} is stale: {path} holds something else than what was "
+                f"indexed"
+            )
     stamps = {source.files[number].path: source.files[number].stamp for number in touched}
     if any(known[path].stamp != stamp for path, stamp in stamps.items()):
         _restamp(index, stamps)
@@ -415,7 +443,9 @@ def _restamp(index: Index, stamps: Mapping[str, str]) -> None:
             raise
 
 
-def _fresh(folder: Path, source: IndexSource, *, verify: bool, report: bool) -> Index | None:
+def _fresh(
+    folder: Path, source: IndexSource, *, verify: bool, report: bool = False
+) -> Index | None:
     """The index in a folder if it can be kept; `report` says on standard error why it cannot."""
     if not (folder / HEADER_FILE).is_file():
         return None

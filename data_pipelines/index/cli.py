@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 from data_pipelines import catalog, storage
 from data_pipelines.annotate.readers import open_provider
+from data_pipelines.cli import at_least_one, option
 from data_pipelines.index.build import build_index, splits_of
-from data_pipelines.index.format import FLAGS, Index
+from data_pipelines.index.format import FLAGS, HEADER_FILE, Index
 from data_pipelines.index.shared import send
 
 
@@ -28,11 +28,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--max-bad-fraction needs --decode-frames")
     if arguments.mixture and arguments.name:
         parser.error("--mixture names its datasets; --name is for one")
+    if arguments.mixture and arguments.annotations:
+        parser.error("--annotations are of one dataset; attach those of a mixture one by one")
+    if storage.exists(storage.join(arguments.source, HEADER_FILE)):
+        raise ValueError(f"{arguments.source} is the folder of an index; name that of its data")
     arguments.provider = open_provider(arguments.annotations) if arguments.annotations else None
     for entry in catalog.entries(
         arguments.source,
         mixture=arguments.mixture or "",
-        definitions=str(arguments.definitions or ""),
+        definitions=arguments.definitions or "",
     ):
         out, name = arguments.out, entry.name or arguments.name
         if out is not None and arguments.mixture:
@@ -144,9 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         "one (default: lara_index in the dataset's directory; $LARA_JAX_CACHE or ~/.cache/lara_jax "
         "where that cannot be written to)",
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one a core if it pays)")
     parser.add_argument(
-        "--definitions", type=Path, metavar="FILE.toml", help="datasets besides the built-in ones"
+        "--workers", type=option(at_least_one), help="processes (default: one a core if it pays)"
+    )
+    parser.add_argument(
+        "--definitions", metavar="FILE.toml", help="datasets besides the built-in ones"
     )
     parser.add_argument(
         "--annotations", metavar="KIND:PATH", help="reasoning from files: lara:, ecot: or own:"
@@ -166,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare all checksums of an index that is there, and those in the data's records",
+        help="read an index that is there and all of the data, and compare their checksums",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a split")
     return parser

@@ -129,6 +129,7 @@ class Header:
         some.
       arrays: by file name.
       decoded: True if every frame was decoded when the index was made.
+      data_name: what the data call themselves; empty for `dataset`.
       schema_version: of this format.
     """
 
@@ -143,13 +144,19 @@ class Header:
     annotations: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, ArrayInfo] = field(default_factory=dict)
     decoded: bool = False
+    data_name: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def own_name(self) -> str:
+        """What the data call themselves, whatever definition they are read by."""
+        return self.data_name or self.dataset
 
     @property
     def digest(self) -> str:
         """Identifies the content: SHA-256 of all but places, times, names and prose."""
         facts = self.to_dict() | {"spec": self.spec.fingerprint}
-        for name in ("dataset", "source", "decoded"):
+        for name in ("dataset", "data_name", "source", "decoded"):
             del facts[name]
         for file in facts["files"]:
             del file["stamp"]
@@ -255,29 +262,25 @@ class Index:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): run `lara data index` again") from error
+            raise ValueError(f"{file} is damaged ({error})") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}: "
-                f"run `lara data index` again"
+                f"{file}: schema version {version!r}; this release reads {SCHEMA_VERSION}"
             )
         try:
             header = Header.from_dict(values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another shape
-            raise ValueError(
-                f"{file} is damaged ({type(error).__name__}: {error}): run `lara data index` again"
-            ) from error
+            raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
         read_as = None if spec == header.spec else spec
         if read_as is not None:
-            header = replace(header, dataset=read_as.name, spec=read_as)
+            header = replace(header, dataset=read_as.name, data_name=header.own_name, spec=read_as)
         for name, info in header.arrays.items():
             size = int(np.prod(info.shape, dtype=np.int64)) * np.dtype(info.dtype).itemsize
             found = (folder / name).stat().st_size if (folder / name).is_file() else -1
             if found != size:
                 raise ValueError(
-                    f"{folder / name}: {found} bytes, the index says {size}: it is incomplete; "
-                    f"run `lara data index` again"
+                    f"{folder / name}: {found} bytes, the index says {size}: it is incomplete"
                 )
         return cls(folder=folder, header=header, source=source or header.source, read_as=read_as)
 
@@ -333,10 +336,7 @@ class Index:
                 while block := file.read(2**24):
                     checksum.update(block)
             if int.from_bytes(checksum.digest(), "big") != info.crc:
-                raise ValueError(
-                    f"{self.folder / name} is damaged, its CRC is another one: "
-                    f"run `lara data index` again"
-                )
+                raise ValueError(f"{self.folder / name} is damaged, its CRC is another one")
 
     @property
     def filter_counts(self) -> Mapping[str, int]:

@@ -57,8 +57,6 @@ def index_source(
       annotations: to attach; None for those of the source, if it has some.
       workers, max_bad_fraction: as for `build_index`.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
     folder = Path(folder)
     parts = parts_folder(folder)
     shared = _shared(source)
@@ -91,7 +89,13 @@ def index_source(
             files[number] = replace(files[number], checksum=source.checksum(number))
         made = writer.finish(_header(source, tuple(files), cameras))
     if annotations is not None:
-        attach_annotations(made, annotations)
+        try:
+            attach_annotations(made, annotations)
+        except ValueError as error:
+            raise ValueError(
+                f"{annotations.description} cannot be attached: {error}; name others "
+                f"(--annotations), or delete {folder}, if it has them, to do without"
+            ) from error
     put_in_place(parts / "index", folder)
     shutil.rmtree(parts)
     return Index.open(folder)
@@ -220,6 +224,7 @@ def _header(
 ) -> Header:
     return Header(
         dataset=source.dataset,
+        data_name=source.own_name,
         version=source.version,
         split=source.split,
         source=source.source,

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from data_pipelines import storage
-from data_pipelines.index.build import cache_folder, locked, open_index
+from data_pipelines.index.build import cache_folder, index_command, locked, open_index
 from data_pipelines.index.format import HEADER_FILE, Index
 from data_pipelines.index.writer import put_in_place
 
@@ -36,14 +36,15 @@ def open_shared(
       FileNotFoundError: it is not there, or there is no such dataset.
       StaleIndex, ValueError: as `open_index`.
     """
-    place = f"{root.rstrip('/')}/{name}/{split}"
+    out = f"{root.rstrip('/')}/{name}"
+    place = f"{out}/{split}"
     if not storage.exists(storage.join(place, HEADER_FILE)):
+        command = index_command(path_or_url, name=name, definitions=definitions, out=out)
         raise FileNotFoundError(
-            f"{path_or_url}, split {split!r}, has no index at {place}: run "
-            f"`lara data index {path_or_url} --name {name} --out {root.rstrip('/')}/{name}`"
+            f"{path_or_url}, split {split!r}, has no index at {place}: run `{command}`"
         )
     folder = Path(storage.absolute(place)) if storage.is_local(place) else fetched(place)
-    return open_index(path_or_url, split, folder, name=name, definitions=definitions)
+    return open_index(path_or_url, split, folder, name=name, definitions=definitions, out=out)
 
 
 def send(index: Index, url: str) -> None:

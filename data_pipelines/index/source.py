@@ -42,6 +42,9 @@ class IndexSource(Protocol):
         """The name of `spec`, as in Header; likewise the next ones."""
 
     @property
+    def own_name(self) -> str: ...
+
+    @property
     def version(self) -> str: ...
 
     @property

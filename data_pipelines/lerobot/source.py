@@ -20,7 +20,6 @@ import numpy as np
 
 from data_pipelines import storage
 from data_pipelines.annotate.readers import AnnotationProvider, EpisodeName, LaraAnnotations
-from data_pipelines.annotate.schema import BadEntries
 from data_pipelines.index.filters import bad_rows
 from data_pipelines.index.format import VIDEO, Camera, EpisodeEntry, SourceFile
 from data_pipelines.index.source import Shard, ShardFacts
@@ -115,6 +114,11 @@ class LeRobotSource:
         return self.spec.name
 
     @property
+    def own_name(self) -> str:
+        """The folder's name: the files say none."""
+        return self.metadata.root.rpartition("/")[2]
+
+    @property
     def version(self) -> str:
         """Of the format."""
         return self.metadata.codebase_version
@@ -135,7 +139,7 @@ class LeRobotSource:
         if self.provider is not None:
             return self.provider
         paths = find_annotations(self.metadata.root)
-        return LaraAnnotations.read(*map(Path, paths), bad=BadEntries()) if paths else None
+        return LaraAnnotations.read(*map(Path, paths)) if paths else None
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -292,7 +296,7 @@ class LeRobotSource:
         name = EpisodeName(
             key=key_of(episode),
             number=episode.number,
-            dataset=self.dataset,
+            dataset=self.own_name,
             split=self.split,
             stored_steps=episode.length,
         )

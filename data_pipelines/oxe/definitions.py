@@ -18,8 +18,9 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
+
+from data_pipelines.storage import local_path
 
 T = TypeVar("T")
 KINDS = ("datasets", "mixtures")
@@ -53,9 +54,9 @@ def read_tables(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, A
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not TOML, or not tables of these two kinds.
+      ValueError: not a local file, not TOML, or not tables of these two kinds.
     """
-    path = Path(path)
+    path = local_path(path, "definition file")
     if not path.is_file():
         raise FileNotFoundError(f"no definition file {path}")
     try:

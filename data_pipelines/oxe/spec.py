@@ -70,7 +70,8 @@ class DatasetSpec:
       action_encoding, state_encoding: what the vectors mean, of ACTION_ENCODINGS and
         STATE_ENCODINGS.
       absolute_action: per action dimension, True where it is a position to hold, not a change.
-      action_modes, state_modes: how to normalise each dimension (lara_jax.transforms).
+      action_modes, state_modes: how to normalise each dimension (lara_jax.transforms): one for
+        each column that the terms and rules give.
       gripper: the raw convention, for people.
       success: flat feature of the episode that says whether it succeeded; empty where none does.
       episode_key: flat features of the episode that identify it, joined by "_" where present.
@@ -131,6 +132,13 @@ class DatasetSpec:
             raise self._error(str(error)) from error
         if not self.state or not any(term.feature for term in terms[: len(self.action)]):
             raise self._error("the action must read a feature, the state have a term (zeros(n))")
+        columns = [term.columns for term in terms[len(self.action) :]]
+        width = sum(count or 0 for count in columns)
+        if None not in columns and width != self.state_dim:
+            raise self._error(
+                f"the state's terms give {width} columns, state_modes names {self.state_dim} "
+                f"(the default, where it is left out, is 8 times q99)"
+            )
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"dataset {self.name!r}: {message}")

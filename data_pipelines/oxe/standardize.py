@@ -67,8 +67,9 @@ def standardize(spec: DatasetSpec, raw: Mapping[str, RawFeature]) -> Standardize
         ):
             if vectors.shape[1] != width:
                 raise ValueError(
-                    f"the {name} terms give {vectors.shape[1]} columns, "
-                    f"{name}_modes names {width}; terms: {list(getattr(spec, name))}"
+                    f"the {name} terms give {vectors.shape[1]} columns, {name}_modes names "
+                    f"{width} (left out, it is 8 times q99 for states, 6 times q99 and none for "
+                    f"actions); terms: {list(getattr(spec, name))}"
                 )
         texts = parse_language(spec.language).words(raw) if spec.language else [""] * steps
     except ValueError as error:

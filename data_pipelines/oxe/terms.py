@@ -52,6 +52,23 @@ class Term:
     width: int = 0
     operations: tuple[tuple[str, float | None], ...] = ()
 
+    @property
+    def columns(self) -> int | None:
+        """How many columns it has; None where the data have to tell."""
+        for name, number in reversed(self.operations):
+            if name in DECODERS:
+                return int(number or 0)
+            if name == "euler":
+                return 3
+        if not self.feature:
+            return self.width
+        start, stop = self.start or 0, self.stop
+        if start >= 0 and stop is not None and stop >= 0:
+            return stop - start
+        if start < 0 and (stop is None or stop < 0):
+            return (stop or 0) - start
+        return None
+
     def vector(self, raw: Mapping[str, RawFeature], steps: int) -> np.ndarray:
         """The term's columns, float32[steps, D].
 

@@ -1,5 +1,4 @@
-"""A TFDS version directory, read without TensorFlow: what it says about itself, and its records by
-number.
+"""A TFDS version directory, read without TensorFlow: what it says about itself.
 
     bridge_dataset/1.0.0/
       dataset_info.json     name, file format, splits with the number of records in each shard
@@ -91,6 +90,8 @@ class Directory:
           ValueError: a file is malformed, or the records are not TFRecords.
         """
         path = storage.locate(path)
+        if isinstance(path, Path) and not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
         if not storage.exists(_file(path, INFO)):
             versions = sorted(str(found.parent) for found in _local_versions(path))
             hint = f"; did you mean {' or '.join(versions)}?" if versions else ""

@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from data_pipelines import storage
-from data_pipelines.annotate.schema import BadEntries, checked_box
+from data_pipelines.annotate.schema import checked_box
 from data_pipelines.frames import decode_image, encoded_size
 from data_pipelines.index.filters import bad_rows
 from data_pipelines.index.format import ENCODED, Camera, EpisodeEntry, SourceFile
@@ -31,7 +31,6 @@ from data_pipelines.rlds.tfrecord import (
     Record,
     checksum_of,
     read_records,
-    stored_crcs,
     where_record,
 )
 from lara_jax.tokenizers.prompt import Annotation
@@ -122,6 +121,11 @@ class RldsSource:
         return self.spec.name
 
     @property
+    def own_name(self) -> str:
+        """What the directory calls it."""
+        return self.directory.name
+
+    @property
     def version(self) -> str:
         """The dataset's version."""
         return self.directory.version
@@ -143,8 +147,8 @@ class RldsSource:
         return tuple(Shard(files=(file,), episodes=length) for file, length in enumerate(lengths))
 
     def checksum(self, file: int) -> str:
-        """The checksum over a file's CRCs as they are now; does not check them."""
-        return checksum_of(stored_crcs(self._path(file)))
+        """The checksum over a file's CRCs as they are now; a ValueError names a corrupt record."""
+        return checksum_of(record.crc for record in read_records(self._path(file)))
 
     def episodes(self, shard: int) -> Generator[EpisodeEntry, None, ShardFacts]:
         """Yields the file's episodes.
@@ -349,13 +353,11 @@ class RldsSource:
         for step in range(steps):
             words = [str(texts[step], "utf-8") for texts in (subtask, motion)]
             seen = [
-                checked_box(boxes[step, at].tolist(), f"step {step}, box {at}", BadEntries())
+                checked_box(boxes[step, at].tolist(), f"step {step}, box {at}")
                 for at in np.flatnonzero(visible[step])
             ]
             empty = not (any(words) or seen)
-            found.append(
-                None if empty else Annotation(words[0], tuple(filter(None, seen)), words[1])
-            )
+            found.append(None if empty else Annotation(words[0], tuple(seen), words[1]))
         return found
 
 

@@ -1,12 +1,11 @@
-"""TFRecord files: every record in order, or their checksums alone.
+"""TFRecord files: every record in order, checked.
 
 A TFRecord file is a run of records with nothing between them; every number is little-endian::
 
     [ length ][ masked CRC of length ][ payload      ][ masked CRC of payload ]
       uint64     uint32                 length bytes     uint32
 
-So a file's records are found by reading 12 bytes of each and skipping the payload, and any of them
-is then one read. Both checksums are CRC-32C, rotated and offset ("masked") so that a CRC of data
+Both checksums are CRC-32C, rotated and offset ("masked") so that a CRC of data
 that holds CRCs stays meaningful. The file may be a local one or a URL (`data_pipelines.storage`).
 
 Source: tensorflow/core/lib/io/record_writer.h and tensorflow/core/lib/hash/crc32c.h.
@@ -55,10 +54,12 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
             length = _payload_length(header, where)
             payload = file.read(length)
             footer = file.read(FOOTER_BYTES)
-            end = offset + _record_bytes(length)
+            end = offset + HEADER_BYTES + length + FOOTER_BYTES
             found = offset + HEADER_BYTES + len(payload) + len(footer)
             if found < end:
-                raise _truncated(where, end, found)
+                raise ValueError(
+                    f"{where}: truncated, the record ends at byte {end}, the file at {found}"
+                )
             stored = _check_payload(payload, footer, where)
             yield Record(number, offset + HEADER_BYTES, payload, stored)
             offset = end
@@ -70,40 +71,9 @@ def checksum_of(crcs: Iterable[int]) -> str:
     return f"{google_crc32c.value(np.array(list(crcs), '<u4').tobytes()):08x}"
 
 
-def stored_crcs(path: str | os.PathLike[str]) -> list[int]:
-    """The CRC that each record carries of its payload, in order; the payloads are skipped.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is truncated or a length is corrupt; names the file and the record.
-    """
-    crcs: list[int] = []
-    offset, size = 0, storage.size(path)
-    with storage.open_read(path) as file, storage.naming(path):
-        while offset < size:
-            file.seek(offset)
-            where = where_record(path, len(crcs))
-            offset += _record_bytes(_payload_length(file.read(HEADER_BYTES), where))
-            if offset > size:
-                raise _truncated(where, offset, size)
-            file.seek(offset - FOOTER_BYTES)
-            crcs.append(struct.unpack("<I", file.read(FOOTER_BYTES))[0])
-    return crcs
-
-
 def where_record(path: str | os.PathLike[str], number: int) -> str:
     """Names a record in messages: "/data/x.tfrecord-00000-of-00001, record 3"."""
     return f"{path}, record {number}"
-
-
-def _record_bytes(length: int) -> int:
-    """The bytes that a record of this payload length takes in the file."""
-    return HEADER_BYTES + length + FOOTER_BYTES
-
-
-def _truncated(where: str, end: int, size: int) -> ValueError:
-    """The error of a file that ends before a record does."""
-    return ValueError(f"{where}: truncated, the record ends at byte {end}, the file at {size}")
 
 
 def _payload_length(header: bytes, where: str) -> int:

@@ -276,19 +276,6 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
 
 
-def torch_shapes(params: Mapping[str, Any], layout: Layout) -> dict[str, Shape]:
-    """Every key that `export_params` writes, with its shape; needs no data.
-
-    Args:
-      params: tree of arrays or `jax.ShapeDtypeStruct`s.
-    """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
-    keys = {entry.key: entry.axes.torch for entry in entries(shapes, layout)}
-    if layout.tied_head and is_tied(shapes):
-        keys[f"{layout.lm_head}.weight"] = keys[f"{layout.text}embed_tokens.weight"]
-    return keys
-
-
 def is_tied(paths: Collection[str]) -> bool:
     """Whether a decoder is there that uses its embedding as its head."""
     return "text/embed_tokens" in paths and "text/lm_head/kernel" not in paths

@@ -28,7 +28,7 @@ Source: FAST (arXiv 2501.09747), algorithm 1, and the published tokenizer for or
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,12 +205,25 @@ class FastTokenizer:
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{folder} is no FAST tokenizer: it has no {TOKENIZER_FILE}")
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        found = {CONFIG_FILE: folder / CONFIG_FILE, TOKENIZER_FILE: file}
+        try:
+            return cls.from_files({n: f.read_text(encoding="utf-8") for n, f in found.items()})
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, str]) -> "FastTokenizer":
+        """The inverse of `to_files`.
+
+        Raises:
+          ValueError: the numbers are missing or do not fit the BPE.
+        """
+        values = json.loads(files[CONFIG_FILE])
         missing = [name for name in ("scale", "vocab_size", "min_token") if name not in values]
         if missing:
-            raise ValueError(f"{folder / CONFIG_FILE} lacks {missing}")
+            raise ValueError(f"{CONFIG_FILE} lacks {missing}")
         return cls(
-            backend=tokenizers.Tokenizer.from_file(str(file)),
+            backend=tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE]),
             scale=values["scale"],
             min_token=values["min_token"],
             vocab_size=values["vocab_size"],
@@ -218,10 +231,9 @@ class FastTokenizer:
             action_dim=values.get("action_dim"),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder in the published layout; `load` gives the same tokenizer."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+    def to_files(self) -> dict[str, str]:
+        """The text of each file of the published layout; `load` of them gives the same
+        tokenizer."""
         config = {
             "action_dim": self.action_dim,
             "auto_map": {"AutoProcessor": f"physical-intelligence/fast--{PUBLISHED_CLASS}"},
@@ -236,9 +248,11 @@ class FastTokenizer:
             "clean_up_tokenization_spaces": False,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        for file, values in ((CONFIG_FILE, config), ("tokenizer_config.json", names)):
-            (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        self.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
+        return {
+            CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+            "tokenizer_config.json": json.dumps(names, indent=2) + "\n",
+            TOKENIZER_FILE: self.backend.to_str(pretty=False),
+        }
 
     def _unwritable(self, coefficients: np.ndarray) -> ValueError:
         return ValueError(

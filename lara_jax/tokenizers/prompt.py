@@ -26,11 +26,11 @@ Without slots the prefix ends before the explicit reasoning (after " @"), or, wh
 reasoning at all, after the instruction's full stop. Every cut is at a special token or where the
 pre-tokenisation cuts anyway, so prefix + slots + suffix are exactly the ids of the whole string.
 
-`reasoning_text` is the reference's string for one sample. Ours differs from it where an annotation
-is missing: the reference then drops that component's slots, so that K varies inside a batch and
-differs between training and deployment, and writes a box of the whole image as if somebody had seen
-one. Here the slots of a stage are always all there (K is a constant of the stage), and an explicit
-component without annotation is left out. Also, an empty instruction keeps its full stop and " @".
+The text differs from the reference's where an annotation is missing: the reference then drops that
+component's slots, so that K varies inside a batch and differs between training and deployment, and
+writes a box of the whole image as if somebody had seen one. Here the slots of a stage are always
+all there (K is a constant of the stage), and an explicit component without annotation is left out.
+Also, an empty instruction keeps its full stop and " @".
 
 Source: LaRA-VLA (arXiv 2602.01166) and the text format of its PyTorch release.
 """
@@ -42,13 +42,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lara_jax.tokenizers.qwen import (
-    END_OF_THINKING,
-    IMG_NEXT,
-    START_OF_THINKING,
-    THINKING,
-    Tokenizer,
-)
+from lara_jax.tokenizers.qwen import Tokenizer
 
 # The reference's wording, spelling included: released checkpoints have seen exactly these tokens.
 BASE_PROMPT = (
@@ -59,7 +53,6 @@ COMPONENTS = ("SUBTASK", "BBOX", "REASON")
 LATENT_FROM_STAGE = {"SUBTASK": 2, "BBOX": 3, "REASON": 4}
 MAX_STAGE = 4
 MAX_SLOTS = 32
-WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 Box = tuple[float, float, float, float]
 
@@ -108,52 +101,6 @@ def split_slots(total: int, order: Sequence[str] = COMPONENTS) -> dict[str, int]
         raise ValueError(f"latent slots: {total}; allowed 0..{MAX_SLOTS}")
     share, rest = divmod(total, len(order))
     return {component: share + (rank < rest) for rank, component in enumerate(order)}
-
-
-def reasoning_text(
-    instruction: str,
-    annotation: Annotation | None,
-    *,
-    reasoning_stage: int,
-    component_order: Sequence[str] = COMPONENTS,
-    slots_per_component: Mapping[str, int] | None = None,
-    img_next_tokens: int = 16,
-) -> str:
-    """The reference's text after the base prompt, with its behaviour where annotations are missing.
-
-    Args:
-      instruction: the task in words.
-      annotation: None is the same as an empty one.
-      reasoning_stage: 0..4.
-      component_order: the order in the text.
-      slots_per_component: thinking tokens of each component, 1 where absent and at least 1.
-      img_next_tokens: number of `<img_next>` at the end.
-
-    Source: the PyTorch release's reasoning formatter, checked against its output.
-    """
-    _check_stage(reasoning_stage)
-    _check_order(component_order)
-    instruction = instruction.strip()
-    annotation = annotation or Annotation()
-    if reasoning_stage == 0:
-        text = f"{instruction}."
-    elif reasoning_stage == 1:
-        body = " ".join(filter(None, map(annotation.explicit, component_order)))
-        text = f"{instruction}. @ {body}" if instruction else body
-    else:
-        if not annotation.boxes:
-            annotation = Annotation(annotation.subtask, (WHOLE_IMAGE,), annotation.motion)
-        counts = slots_per_component or {}
-        present = [name for name in component_order if annotation.explicit(name)]
-        latent = [name for name in present if LATENT_FROM_STAGE[name] <= reasoning_stage]
-        text = instruction
-        if latent:
-            thoughts = THINKING * sum(max(1, counts.get(name, 1)) for name in latent)
-            lead = f"{instruction}. @ " if instruction else ""
-            text = f"{lead}{START_OF_THINKING}{thoughts}{END_OF_THINKING}"
-        explicit = [annotation.explicit(name) for name in present if name not in latent]
-        text = " ".join([text, *explicit] if text else explicit)
-    return f"{text} {IMG_NEXT * img_next_tokens}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)

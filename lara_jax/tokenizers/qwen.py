@@ -155,9 +155,9 @@ class Tokenizer:
         """Text of the ids, special tokens by their names: the inverse of `encode`."""
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=False)
 
-    def save(self, path: str | Path) -> None:
-        """Writes a complete `tokenizer.json`; `load_tokenizer` of it gives the same ids."""
-        self._backend.save(str(path), pretty=False)
+    def to_text(self) -> str:
+        """A complete `tokenizer.json`; `load_tokenizer` of it gives the same ids."""
+        return self._backend.to_str(pretty=False)
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:

@@ -34,7 +34,12 @@ from data_pipelines.inspect_page import main, write_page
 from data_pipelines.statistics import index_statistics
 from lara_jax.tokenizers.prompt import Annotation
 from tests.data_pipelines import made_index
-from tests.data_pipelines.handmade import tabletop_record, write_tabletop
+from tests.data_pipelines.handmade import (
+    TABLETOP_FEATURES,
+    tabletop_record,
+    write_directory,
+    write_tabletop,
+)
 
 VOID = {"img", "meta", "br"}
 
@@ -101,9 +106,8 @@ def test_the_page_of_a_dataset(tmp_path: Path) -> None:
         annotation=Annotation("grasp <i>it</i>", ((0.1, 0.2, 0.5, 0.9),), "Move forward."),
         frames=True,
     )
-    out = write_page(
-        [Part(index=index)], tmp_path / "pages" / "page.html", filters=["pause"], episodes=2
-    )
+    out = tmp_path / "pages" / "page.html"
+    write_page([Part(index=index)], out, filters=["pause"], episodes=2)
     page = Page(out)
     facts = {row[0]: row[1] for row in page.tables[0]}
     assert facts["control rate"] == "5 Hz" and facts["robot"] == "a robot"
@@ -145,7 +149,8 @@ def test_the_page_of_a_directory_with_annotations(tmp_path: Path) -> None:
 def test_the_page_of_real_data(tmp_path: Path, shared_dir: Path) -> None:
     source = shared_dir / "data/bridge_dataset/1.0.0"
     index = build_index(source, "train", tmp_path / "index", workers=1)
-    page = Page(write_page([Part(index=index)], tmp_path / "page.html", episodes=2))
+    write_page([Part(index=index)], tmp_path / "page.html", episodes=2)
+    page = Page(tmp_path / "page.html")
     assert ["robot", "WidowX"] in page.tables[0]
     assert len(page.pictures) == 2 * 4 * 8
     assert page.tables[4][1] == ["put carrot on plate", "64", "32.00 %"]
@@ -160,8 +165,8 @@ def test_the_page_of_a_mixture(tmp_path: Path) -> None:
         )
         for name, lengths in (("one", (6,)), ("two", (4, 8)))
     ]
-    out = write_page(parts, tmp_path / "p.html", weights=[2, 1], title="a & b", episodes=0)
-    page = Page(out)
+    write_page(parts, tmp_path / "p.html", weights=[2, 1], title="a & b", episodes=0)
+    page = Page(tmp_path / "p.html")
     assert page.text.count("a & b") == 2  # the tab's title and the heading
     assert page.tables[0] == [
         ["set", "episodes", "steps", "weight", "share of the samples"],
@@ -304,3 +309,16 @@ def test_a_part_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert page.tables[4][1:] == [["task 1", "3", "100.00 %"]]
     with pytest.raises(ValueError, match=r"'train\[2:\]' holds none of the 2 episodes"):
         main([*arguments, "--split", "train[2:]"])
+
+
+def test_a_set_that_files_call_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [[tabletop_record(0, 4)]]
+    path = write_directory(tmp_path / "1.0.0", "o10", TABLETOP_FEATURES, {"train": shards})
+    arguments = ["--name", "lara_tabletop", "--json", "--out", str(tmp_path / "page.html")]
+    assert main([str(path), *arguments]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["dataset"], line["steps"]) == ("lara_tabletop", 4)
+    with pytest.raises(ValueError, match="--name lara_tabletop is of one dataset; 2 are given"):
+        main([str(path), str(path), *arguments])

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from data_pipelines import storage
+from data_pipelines import cli, storage
 
 DATA = bytes(range(256)) * 8
 
@@ -117,3 +117,22 @@ def test_local_and_absolute(path: str, local: bool, absolute: str) -> None:
     assert storage.is_local(path) == local
     assert storage.absolute(path) == absolute
     assert storage.locate(path) == (Path("/a/b") if local else "gs://a/b")
+
+
+@pytest.mark.parametrize("verb", ["annotate", "inspect", "stats", "make-tabletop"])
+@pytest.mark.parametrize("url", ["gs://b/x.json", "s3://b/x.json", "memory://x.json"])
+def test_a_url_is_no_place_for_a_local_file(
+    verb: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--episodes", "1"] if verb == "make-tabletop" else [str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, *data, f"--out={url}"])
+    assert stop.value.code == 2
+    assert (
+        f"argument --out: path {url} is a URL; it must be a local path" in capsys.readouterr().err
+    )
+
+
+def test_a_local_path_may_be_written_as_a_url(tmp_path: Path) -> None:
+    assert storage.local_path(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert storage.local_path("x") == Path("x")

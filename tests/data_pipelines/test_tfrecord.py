@@ -1,16 +1,12 @@
 """TFRecord framing: what is written is read, and every kind of damage is named."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grain
 import pytest
 
-from data_pipelines.rlds.tfrecord import masked_crc, read_records, stored_crcs
+from data_pipelines.rlds.tfrecord import Record, masked_crc, read_records
 from tests.data_pipelines.handmade import frame
-
-Reader = Callable[[Path], list[Any]]
 
 PAYLOADS = [b"first", b"", b"a longer third record", b"\x00" * 1000]
 OFFSETS = [0, 21, 37, 74]  # 16 bytes of framing a record
@@ -23,36 +19,31 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-READERS = (lambda path: list(read_records(path)), stored_crcs)
+def read(path: Path) -> list[Record]:
+    return list(read_records(path))
 
 
 def test_reads_every_record(path: Path) -> None:
-    records = list(read_records(path))
+    records = read(path)
     assert [record.payload for record in records] == PAYLOADS
     assert [record.number for record in records] == [0, 1, 2, 3]
     assert [record.offset for record in records] == [offset + 12 for offset in OFFSETS]
     assert [record.crc for record in records] == [masked_crc(payload) for payload in PAYLOADS]
-    assert stored_crcs(path) == [record.crc for record in records]
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_an_empty_file_has_no_record(read: Reader, tmp_path: Path) -> None:
+def test_an_empty_file_has_no_record(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert read(tmp_path / "empty") == []
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_missing_file_is_named(read: Reader, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         read(tmp_path / "nothing")
 
 
 # Cut inside: the payload of record 3; its header; the data's CRC of record 2.
-@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(("size", "record"), [(500, 3), (80, 3), (73, 2)])
-def test_a_truncated_file_names_file_and_record(
-    read: Reader, path: Path, size: int, record: int
-) -> None:
+def test_a_truncated_file_names_file_and_record(path: Path, size: int, record: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=rf"{path.name}, record {record}: truncated"):
         read(path)
@@ -74,10 +65,7 @@ def test_a_flipped_bit_names_file_and_record(
     data[byte] ^= 0x10
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{path.name}, record {record}: {message}"):
-        list(read_records(path))
-    if "length" in message:
-        with pytest.raises(ValueError, match=rf"{path.name}, record {record}: {message}"):
-            stored_crcs(path)
+        read(path)
 
 
 def test_equals_grain_on_real_data(shared_dir: Path) -> None:

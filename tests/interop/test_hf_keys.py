@@ -1,6 +1,7 @@
 """The table gives exactly the reference's and transformers' keys and shapes, at every size."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,28 @@ from lara_jax.interop.hf_keys import (
     REFERENCE,
     Axes,
     KeyMismatch,
+    Layout,
+    Shape,
+    entries,
     flatten,
-    torch_shapes,
+    is_tied,
 )
 from tests.interop.models import abstract_params, debug_model, published
 
 SIZES = {"debug": 64, "2b": 151_936, "4b": 151_936, "8b": 151_936}
+
+
+def torch_shapes(params: Mapping[str, Any], layout: Layout) -> dict[str, Shape]:
+    """Every key that `export_params` writes, with its shape; needs no data.
+
+    Args:
+      params: tree of arrays or `jax.ShapeDtypeStruct`s.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    keys = {entry.key: entry.axes.torch for entry in entries(shapes, layout)}
+    if layout.tied_head and is_tied(shapes):
+        keys[f"{layout.lm_head}.weight"] = keys[f"{layout.text}embed_tokens.weight"]
+    return keys
 
 
 @pytest.mark.parametrize(("name", "state_dim", "horizon"), [("bridge", 8, 16), ("libero", 7, 8)])

@@ -15,10 +15,10 @@ from lara_jax.tokenizers.prompt import (
     MAX_SLOTS,
     Annotation,
     PromptBuilder,
-    reasoning_text,
     split_slots,
 )
 from lara_jax.tokenizers.qwen import Tokenizer, load_tokenizer
+from tests.tokenizers.reference_text import reasoning_text
 
 INSTRUCTION = "put the spoon on the towel"
 ANNOTATION = Annotation(

@@ -5,7 +5,6 @@ import pytest
 
 from data_pipelines.annotate.anchors import (
     Goal,
-    PhaseSettings,
     parse_instruction,
     segment_episode,
 )
@@ -57,13 +56,6 @@ def test_grasp_ends_when_the_arm_moves_on() -> None:
     assert phases == "aaaggmmmmmmm"
     slow = positions / 10
     assert drawn("999000000000", positions=slow)[0] == "aaagggggmmmm"
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"close_below 0\.7 and open_above 0\.6"):
-        PhaseSettings(close_below=0.7)
-    with pytest.raises(ValueError, match="least_seconds is -1"):
-        PhaseSettings(least_seconds=-1)
 
 
 def goal(verb: str, object: str, relation: str = "", destination: str = "") -> Goal:

@@ -272,13 +272,30 @@ def test_real_bridge_episodes(shared_dir: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--writer", "poet"], "writer 'poet'; allowed: rules, openai:URL,MODEL"),
-        (["--writer", "openai:http://x/v1"], "expected a URL"),
+        (["--writer", "openai:foo"], "'openai:foo' lacks a URL or a model; allowed: openai:URL"),
+        (["--writer", "openai:foo,qwen"], "endpoint 'foo'; expected a URL"),
         (["--detector", "zero-shot:"], "allowed: none, zero-shot:FOLDER"),
-        (["--workers", "0"], "workers is 0"),
-        (["--box-every", "0"], "box_every_steps is 0"),
+        (["--detector", "zero-shot:gs://b/x"], "detector gs://b/x is a URL; it must be a local"),
     ],
 )
 def test_bad_arguments(index: Index, tmp_path: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(index, tmp_path / "out.jsonl", *arguments)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers: '0' is no whole number from 1 on"),
+        (["--box-every", "0"], "--box-every: '0' is no whole number from 1 on"),
+        (["--axes", "+x,+y"], "--axes: axes '+x,+y'; expected forward,left,up as in +x,+y,+z"),
+        (["--out", "gs://b/x"], "--out: path gs://b/x is a URL; it must be a local path"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        annotate.main([str(tmp_path), "--out", str(tmp_path / "out.jsonl"), *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from data_pipelines.annotate.episode import (
     inputs_fingerprint,
     totals,
 )
-from data_pipelines.annotate.motion import Axes, MotionSettings
+from data_pipelines.annotate.motion import Axes
 from data_pipelines.annotate.view import EpisodeView
 from data_pipelines.annotate.writers import RuleWriter
 from lara_jax.tokenizers.prompt import Box
@@ -178,7 +178,7 @@ def test_fingerprint_follows_the_inputs(tmp_path: Path) -> None:
 
     first = of(view_of(tmp_path / "a"))
     assert of(view_of(tmp_path / "b")) == first  # the same content elsewhere
-    turned = AnnotateSettings(motion=MotionSettings(axes=Axes.parse("+y,-x,+z")))
+    turned = AnnotateSettings(axes=Axes.parse("+y,-x,+z"))
     others = [
         of(view_of(tmp_path / "c"), settings=turned),
         of(view_of(tmp_path / "d"), detector=Detector()),

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 
+from data_pipelines.annotate import openai_endpoint
 from data_pipelines.annotate.anchors import segment_episode
 from data_pipelines.annotate.openai_endpoint import (
     Endpoint,
@@ -76,9 +78,17 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     server.server_close()
 
 
-def endpoint(stub: Stub, waits: list[float] | None = None, **kwargs: Any) -> Endpoint:
-    sleep = (waits if waits is not None else []).append
-    return Endpoint(url=stub.url, model="qwen", sleep=sleep, **{"attempts": 3, **kwargs})
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited, s; nobody does, and asks three times."""
+    waited: list[float] = []
+    monkeypatch.setattr(openai_endpoint, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(openai_endpoint, "ATTEMPTS", 3)
+    return waited
+
+
+def endpoint(stub: Stub) -> Endpoint:
+    return Endpoint(url=stub.url, model="qwen")
 
 
 TEXTS = ["move to it", "grasp it.", " carry  it ", "release it", "retreat"]
@@ -118,12 +128,13 @@ def test_boxes(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 0])
-def test_passing_trouble_is_asked_again(tmp_path: Path, stub: Stub, status: int) -> None:
-    waits: list[float] = []
+def test_passing_trouble_is_asked_again(
+    tmp_path: Path, stub: Stub, waits: list[float], status: int
+) -> None:
     stub.says("", status, **({"Retry_After": "7"} if status == 429 else {}))
     stub.says("", status)
     stub.says({"subtasks": TEXTS})
-    assert len(ask_subtasks(tmp_path, endpoint(stub, waits))) == 5
+    assert len(ask_subtasks(tmp_path, endpoint(stub))) == 5
     assert waits == ([7.0, 14.0] if status == 429 else [1.0, 2.0])
 
 
@@ -172,16 +183,12 @@ def test_wrong_answer_is_asked_for_again_then_an_error(
 def test_wrong_box(stub: Stub, boxes: Any, message: str) -> None:
     stub.says({"boxes": boxes})
     with pytest.raises(EndpointError, match=message):
-        EndpointDetector(endpoint=endpoint(stub, attempts=1)).boxes(
-            [np.zeros((8, 8, 3), np.uint8)], ["spoon"]
-        )
+        EndpointDetector(endpoint=endpoint(stub)).boxes([np.zeros((8, 8, 3), np.uint8)], ["spoon"])
 
 
 def test_no_server(tmp_path: Path, stub: Stub) -> None:
-    nowhere = Endpoint(
-        url="http://127.0.0.1:1/v1", model="m", attempts=2, sleep=lambda seconds: None
-    )
-    with pytest.raises(EndpointError, match=r"no answer .*refused.*asked 2 times"):
+    nowhere = Endpoint(url="http://127.0.0.1:1/v1", model="m")
+    with pytest.raises(EndpointError, match=r"no answer .*refused.*asked 3 times"):
         ask_subtasks(tmp_path, nowhere)
 
 

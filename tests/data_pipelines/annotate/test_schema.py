@@ -144,19 +144,6 @@ def test_unknown_step_is_named(tmp_path: Path, step: str) -> None:
         open_provider(f"own:{path}").episode(named("episode_0", 0))
 
 
-def test_bad_entries_can_be_left_out_and_counted(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    values = line(0, boxes=[[0.5, 0.2, 0.3, 0.4], [0.1, 0.1, 0.2, 0.2]])
-    values["steps"]["9"] = values["steps"]["3"]
-    write(path, values)
-    provider = open_provider(f"own:{path}", drop_bad_entries=True)
-    found = provider.episode(named("episode_0", 0))
-    # The second box without the first would be taken for the object's.
-    assert found is not None and list(found) == [3] and found[3].boxes == ()
-    assert provider.bad.counts == {"inverted boxes": 1, "unknown steps": 1}
-    assert provider.fingerprint != open_provider(f"own:{path}").fingerprint
-
-
 def test_rounding_is_cut_to_the_image(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, line(0, boxes=[[-1e-6, 0.2, 1.0004, 0.4]]))

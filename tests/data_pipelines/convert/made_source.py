@@ -40,6 +40,7 @@ class MadeSource:
     source: str
     spec: DatasetSpec = SPEC
     dataset: str = "made"
+    own_name: str = "made"
     version: str = "1.0.0"
     split: str = "train"
     cameras: tuple[str, ...] = ("front", "wrist")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -191,7 +192,10 @@ def test_a_damaged_file_is_named(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [("rlds_to_array_record", "has no index at"), ("stats_job", "has no dataset_info.json")],
+    [
+        ("rlds_to_array_record", "has no dataset_info.json"),
+        ("stats_job", "has no dataset_info.json"),
+    ],
 )
 def test_a_wrong_call_is_one_line(job: str, message: str, tmp_path: Path, repository: Path) -> None:
     call = [sys.executable, "-m", f"data_pipelines.convert.{job}"]
@@ -203,3 +207,21 @@ def test_a_wrong_call_is_one_line(job: str, message: str, tmp_path: Path, reposi
     last = run.stderr.splitlines()[-1]
     assert last.startswith(f"{job}: {tmp_path}") and message in last
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("job", [rlds_to_array_record, lerobot_to_rlds, annotate_job, stats_job])
+def test_an_option_that_nobody_knows_is_refused(
+    job: ModuleType, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--input", str(directory), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        job.main([*arguments, "--direct_num_workers", "1", "--filtr", "pause"])
+    assert stop.value.code == 2
+    assert "neither the job nor Beam knows --filtr pause; see" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_there_is_said_to_be_so(directory: Path, tmp_path: Path) -> None:
+    arguments = ["--input", str(directory), "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"has no split 'test'; it has: train"):
+        rlds_to_array_record.main([*arguments, "--split", "test"])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ import pytest
 
 from data_pipelines.annotate import annotate
 from data_pipelines.annotate.readers import EpisodeName, open_provider
+from data_pipelines.convert.rlds_shards import definition
 from data_pipelines.index import cli, writer
 from data_pipelines.index.build import attach_annotations, build_index, open_index
 from data_pipelines.index.format import Index
+from data_pipelines.oxe.registry import spec_named
 from lara_jax.tokenizers.prompt import Annotation
 from tests.data_pipelines.handmade import (
     TABLETOP_FEATURES,
@@ -127,6 +130,58 @@ def test_a_line_of_another_episode_is_refused(
         return
     with pytest.raises(ValueError, match=message):
         attach_annotations(index, open_provider(f"own:{file}"))
+
+
+TOO = definition(spec_named("lara_tabletop"), "tabletop_too")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+@pytest.mark.parametrize(("made", "read"), [(None, "tabletop_too"), ("tabletop_too", None)])
+def test_annotations_are_of_the_data_whatever_definition_reads_them(
+    tmp_path: Path, keyed: bool, made: str | None, read: str | None
+) -> None:
+    """One set under two names, in one index and in two."""
+    path = write_tabletop(tmp_path) if keyed else without_keys(tmp_path, {"train": with_empty()})
+    toml, file = tmp_path / "mine.toml", tmp_path / "own.jsonl"
+    toml.write_text(TOO)
+    named = ["--name", "tabletop_too", "--definitions", str(toml)]
+    options = {None: [], "tabletop_too": named}
+    assert cli.main([str(path)]) == 0
+    assert annotate.main([str(path), "--out", str(file), *options[made]]) == 0
+    for out in ([], ["--out", str(tmp_path / "new")]):
+        call = [str(path), "--annotations", f"own:{file}", *out]
+        assert cli.main([*call, *options[read]]) == 0
+    for folder in (path / "lara_index/train", tmp_path / "new/train"):
+        index = Index.open(folder)
+        assert index.header.own_name == "lara_tabletop"
+        assert index.header.annotations["from"] == f"own:{file}"
+    opened = build_index(
+        path, "train", name=read, definitions=toml, annotations=open_provider(f"own:{file}")
+    )
+    assert opened.spec.name == opened.header.dataset == (read or "lara_tabletop")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["provenance"]["dataset"] for line in lines} == {"lara_tabletop"}
+
+
+def test_an_index_with_annotations_that_another_definition_does_not_take(
+    annotated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The episodes have another key by it: the message names the way out, and it is one."""
+    path, file = annotated
+    toml = tmp_path / "mine.toml"
+    other = 'episode_key = ["episode_metadata/success"]'
+    toml.write_text(re.sub(r"^episode_key = .*$", other, TOO, flags=re.MULTILINE))
+    call = [str(path), "--name", "tabletop_too", "--definitions", str(toml)]
+    folder = path / "lara_index/train"
+    with pytest.raises(
+        ValueError,
+        match=rf"own:{file} cannot be attached: .*none of 3 episodes matches.*; name others "
+        rf"\(--annotations\), or delete {folder}, if it has them, to do without",
+    ):
+        cli.main(call)
+    assert Index.open(folder).header.annotations["from"] == f"own:{file}"
+    shutil.rmtree(folder)
+    assert cli.main(call) == 0
 
 
 def test_a_key_of_several_episodes_is_none(tmp_path: Path) -> None:

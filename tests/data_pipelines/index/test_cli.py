@@ -81,7 +81,8 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
         (["--split", "test"], ValueError, "no split 'test'"),
         (["--annotations", "magic:file"], ValueError, "magic"),
         (["--definitions", "none.toml"], FileNotFoundError, "none.toml"),
-        (["--workers", "0"], ValueError, "workers is 0"),
+        (["--annotations", "own:gs://b/x"], ValueError, "annotations file gs://b/x is a URL"),
+        (["--definitions", "gs://b/x"], ValueError, "definition file gs://b/x is a URL"),
         (["--mixture", "nope"], ValueError, "unknown mixture 'nope'"),
         (["--name", "nope"], ValueError, "unknown dataset 'nope'"),
     ],
@@ -98,6 +99,8 @@ def test_a_wrong_call(
     [
         (["--max-bad-fraction", "0.1"], "--max-bad-fraction needs --decode-frames"),
         (["--mixture", "lara:bridge", "--name", "x"], "--name is for one"),
+        (["--mixture", "lara:bridge", "--annotations", "own:x"], "--annotations are of one data"),
+        (["--workers", "0"], "--workers: '0' is no whole number from 1 on"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -115,3 +118,13 @@ def test_own_annotations_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text(json.dumps(line) + "\n")
     assert cli.main([str(path), "--annotations", f"own:{file}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["filters"]["no_annotation"] == 11
+
+
+def test_what_is_no_dataset_is_named(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"/absent does not exist$"):
+        cli.main([str(tmp_path / "absent")])
+    with pytest.raises(FileNotFoundError, match=r"/absent does not exist$"):
+        cli.main([str(tmp_path / "absent"), "--mixture", "lara:bridge"])
+    assert cli.main([str(path)]) == 0
+    with pytest.raises(ValueError, match=r"lara_index/val is the folder of an index; name that of"):
+        cli.main([str(path / "lara_index/val")])

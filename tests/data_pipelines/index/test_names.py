@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,23 @@ def test_data_are_read_by_the_definition_that_is_named(path: Path, definitions: 
     with pytest.raises(StaleIndex, match=r"run `lara data index \S+ --name lara_tabletop` again"):
         open_or_build(path, "train")
     assert build_index(path, "train").header.dataset == "lara_tabletop"
+
+
+def test_the_command_that_a_message_names_works(
+    path: Path, definitions: Path, tmp_path: Path
+) -> None:
+    names: dict[str, Any] = {"name": "inverted", "definitions": definitions}
+    for folder in (None, tmp_path / "elsewhere/train"):
+        with pytest.raises(FileNotFoundError, match="has no index") as missing:
+            open_index(path, "train", folder, **names)
+        build_index(path, "train", folder)
+        with pytest.raises(StaleIndex, match="is stale") as stale:
+            open_index(path, "train", folder, **names)
+        for message in (str(missing.value), str(stale.value)):
+            build_index(path, "train", folder)
+            (command,) = re.findall("`lara data index (.*)`", message)
+            assert cli.main(shlex.split(command)) == 0
+            assert open_index(path, "train", folder, **names).header.dataset == "inverted"
 
 
 def test_a_set_that_files_call_otherwise_needs_its_name(tmp_path: Path) -> None:
@@ -147,7 +166,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_many_hosts_open_one_index(path: Path, root: str, definitions: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"--name inverted --out \S+/inverted`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"--name inverted --definitions \S+ --out \S+/inverted`"
+    ):
         open_shared(root, str(path), "train", name="inverted", definitions=definitions)
     arguments = [str(path), "--out", f"{root}/inverted", "--name", "inverted"]
     assert cli.main([*arguments, "--definitions", str(definitions)]) == 0

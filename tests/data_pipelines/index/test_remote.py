@@ -19,7 +19,7 @@ from data_pipelines.frames import FrameReader
 from data_pipelines.index.build import StaleIndex, build_index, open_index
 from data_pipelines.index.format import Index
 from data_pipelines.rlds.directory import Directory
-from data_pipelines.rlds.tfrecord import stored_crcs
+from data_pipelines.rlds.tfrecord import read_records
 from tests.data_pipelines.handmade import write_tabletop
 from tests.data_pipelines.protobuf_reader import read_split
 
@@ -126,7 +126,7 @@ def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-3])
     with pytest.raises(ValueError, match=rf"{url}/{SHARD}, record 0: truncated"):
-        stored_crcs(f"{url}/{SHARD}")
+        list(read_records(f"{url}/{SHARD}"))
     with pytest.raises(ValueError, match=rf"{url}/{SHARD}, record 0: truncated"):
         build_index(url, "train", tmp_path / "index", workers=1)
     file.unlink()
@@ -137,7 +137,7 @@ def test_remote_errors_name_the_url(server: str, tmp_path: Path) -> None:
 def test_a_server_that_fails_is_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RangeHandler, "send_head", lambda self: self.send_error(503, "try later"))
     url = f"{server}/1.0.0/dataset_info.json"
-    for call in (stored_crcs, storage.size, storage.exists, storage.read_text):
+    for call in (storage.open_read, storage.size, storage.exists, storage.read_text):
         with pytest.raises(OSError, match=rf"{url} cannot be read: .*503") as caught:
             call(url)
         assert not isinstance(caught.value, FileNotFoundError)

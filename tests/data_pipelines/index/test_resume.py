@@ -318,6 +318,21 @@ def test_a_stale_index_is_refused_with_the_reason_and_made_anew(
         assert contents(path / "lara_index/train") == before
 
 
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_flipped_bit_of_the_data_is_found(path: Path, touched: bool) -> None:
+    """By --verify whatever the file's time is, and by itself where the file was touched."""
+    build_index(path, "train", workers=1)
+    file = path / SHARD.format(1)
+    before, data = file.stat(), bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    if not touched:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for call in (open_index, build_index):
+        with pytest.raises(ValueError, match=rf"{file.name}, record \d: bad CRC of the data"):
+            call(path, "train", verify=not touched)
+
+
 def test_changed_data_are_indexed_anew(path: Path, tmp_path: Path) -> None:
     build_index(path, "train", workers=1)
     longer = write_tabletop(tmp_path / "longer", [tabletop_record(0, 9), tabletop_record(1, 9)])

@@ -253,6 +253,11 @@ def test_a_user_may_replace_what_is_built_in(tmp_path: Path) -> None:
         ("state =", 'action_encoding = "EEF"\nstate =', "unknown action encoding EEF; known: EEF_"),
         ("state =", 'state_encoding = "POSE"\nstate =', "unknown state encoding POSE; known: NONE"),
         ("state =", 'state_modes = ["q98"]\nstate =', "unknown mode q98; known: q99"),
+        (
+            '"observation/pose", "zeros(2)"',
+            '"observation/pose[0:5]", "observation/quaternion | euler", "x | zlib(2)", "y[-1:]"',
+            "dataset 'my_arm': the state's terms give 11 columns, state_modes names 8 (the default",
+        ),
         ("state =", 'action_modes = ["q99"]\nstate =', "absolute_action has 7 dimensions, action_"),
         (
             "state =",

@@ -111,6 +111,7 @@ def test_a_step_of_several_axes_is_flattened() -> None:
 
 BROKEN = np.ones((3, 2), np.float32)
 BROKEN[1, 1] = np.nan
+WIDE = {"state_modes": ("q99",) * 3}
 
 
 @pytest.mark.parametrize(
@@ -126,15 +127,19 @@ BROKEN[1, 1] = np.nan
         (
             {"state": ("state", "zeros(1)")},
             {},
-            "the state terms give 3 columns, state_modes names 2; terms: ['state', 'zeros(1)']",
+            "the state terms give 3 columns, state_modes names 2 (left out, it is 8 times q99",
         ),
         ({}, {"action": np.ones((3, 8))}, "the action terms give 8 columns, action_modes names 7"),
         ({}, {"state": BROKEN}, "feature 'state' is not finite at step 1"),
         ({}, {"action": np.full((3, 7), 1e300)}, "feature 'action' is not finite at step 0"),
-        ({"state": ("state[0:3]",)}, {}, "term 'state[0:3]': the feature has 2 column(s)"),
-        ({"state": ("state[-3:]",)}, {}, "term 'state[-3:]': the feature has 2 column(s)"),
-        ({"state": ("state[1:1]",)}, {}, "term 'state[1:1]': the feature has 2 column(s)"),
-        ({"state": ("state | euler",)}, {}, "a quaternion has 4 columns, not 2"),
+        ({"state": ("state[0:3]",)} | WIDE, {}, "term 'state[0:3]': the feature has 2 column(s)"),
+        ({"state": ("state[-3:]",)} | WIDE, {}, "term 'state[-3:]': the feature has 2 column(s)"),
+        (
+            {"state": ("state[1:1]",), "state_modes": ()},
+            {},
+            "term 'state[1:1]': the feature has 2 column(s)",
+        ),
+        ({"state": ("state | euler",)} | WIDE, {}, "a quaternion has 4 columns, not 2"),
         ({}, {"state": [b"1"] * 3}, "feature 'state' holds byte strings, where 'state' is used"),
         ({}, {"state": np.array([["a"]] * 3)}, "feature 'state' holds <U1"),
         ({"state": ("state | zlib(2)",)}, {}, "the feature holds float32, not bytes"),

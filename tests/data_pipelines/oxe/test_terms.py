@@ -88,6 +88,27 @@ def test_columns_are_those_of_a_slice(term: str, columns: list[int]) -> None:
     np.testing.assert_array_equal(vector(term, np.arange(8.0).reshape(2, 4))[0], columns)
 
 
+@pytest.mark.parametrize(
+    ("term", "count"),
+    [
+        ("x", None),
+        ("x[0:6]", 6),
+        ("x[:2] | clip", 2),
+        ("x[6:7]", 1),
+        ("x[-1:]", 1),
+        ("x[-3:-1]", 2),
+        ("x[2:]", None),
+        ("x[:-1]", None),
+        ("x[-3:5]", None),
+        ("x | euler", 3),
+        ("x | zlib(4) | divide(2)", 4),
+        ("zeros(5)", 5),
+    ],
+)
+def test_a_term_says_how_wide_it_is_where_it_knows(term: str, count: int | None) -> None:
+    assert parse(term).columns == count
+
+
 def test_constants_are_as_long_as_the_episode() -> None:
     np.testing.assert_array_equal(parse("zeros(2)").vector({}, 3), np.zeros((3, 2), np.float32))
     np.testing.assert_array_equal(
