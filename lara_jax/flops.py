@@ -32,10 +32,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import jax
 
 from lara_jax import assemble
 from lara_jax.batch import Batch
@@ -43,17 +40,11 @@ from lara_jax.config import Recipe, load_recipe, split_overrides
 from lara_jax.curriculum import Stage
 from lara_jax.lora import LORA
 from lara_jax.models.action_expert import ActionExpertConfig
-from lara_jax.models.lara_vla import LaraVLA, LaraVLAConfig
+from lara_jax.models.lara_vla import LaraVLAConfig
 from lara_jax.models.text_decoder import TextConfig
 from lara_jax.models.vision_tower import VisionConfig
-from lara_jax.optimizer import PARTS, TRAINED, make_optimizer, trained_paths
-from lara_jax.tokenizers.qwen import (
-    ACTION_TOKENS,
-    QWEN_EMBEDDING_ROWS,
-    THOUGHT_TOKENS,
-    load_tokenizer,
-)
-from lara_jax.train_step import init_state
+from lara_jax.optimizer import PARTS, TRAINED, trained_paths
+from lara_jax.outline import outlines, state_outline
 
 # How often a training step executes a forward product, by kind, under each remat policy. The last
 # product of a layer only adds to the residual stream: recomputing a layer does not need it. (Under
@@ -78,7 +69,6 @@ TPU_FLASH_BLOCK = 128
 BACKBONE = ("vision", "text/embed_tokens", "text/layers")
 TIME_SINUSOIDS = 256
 POLICY_CALL = "policy call"
-PUBLISHED_VOCABULARY = QWEN_EMBEDDING_ROWS + ACTION_TOKENS + len(THOUGHT_TOKENS)
 
 # Dense TFLOP/s of one JAX device by `device_kind`: of bfloat16 products, and of what JAX does with
 # float32 ones by default, which is one bfloat16 pass on TPUs and TF32 on NVIDIA GPUs. On TPU v3 and
@@ -267,30 +257,15 @@ def recipe_flops(recipe: Recipe) -> dict[str, Flops]:
     Raises:
       ValueError: neither `data.frame_px` nor `data.resize_px` says how large a frame is.
     """
-    frame = recipe.data.frame_px or recipe.data.resize_px
-    if not frame:
-        raise ValueError(
-            "config.data.frame_px and config.data.resize_px are empty, so it is up to the data how "
-            "large a frame is; give --config.data.frame_px=HEIGHT,WIDTH"
-        )
-    frames: dict[str, Any] = {"views": len(recipe.data.views), "image_size": (frame[0], frame[1])}
-    tokenizer = load_tokenizer(recipe.tokenizer.path or None)
-    model = LaraVLA(assemble.model_config(recipe, tokenizer, latent_slots=0))
-    init = partial(init_state, model, make_optimizer(recipe), recipe)
-    params = jax.eval_shape(init, jax.random.key(0)).params
+    found = outlines(recipe)
+    params = state_outline(recipe, found[-1]).params
     counts = {}
-    for stage in recipe.stages:
-        prompt = assemble.prompt_builder(recipe, tokenizer, stage, **frames)
-        config = assemble.model_config(recipe, tokenizer, latent_slots=prompt.latent_slots)
-        if not recipe.tokenizer.path and recipe.model.backbone != "debug":
-            text = dataclasses.replace(config.text, vocab_size=PUBLISHED_VOCABULARY)
-            config = dataclasses.replace(config, text=text)
-        spec = assemble.batch_spec(recipe, stage, **frames)
-        trained = trained_paths(recipe, params, [stage])
-        counts[stage.name] = step_flops(recipe, config, stage, spec, trained=trained)
-    if stage.reasoning_stage in (0, 4):
-        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), spec)
-        counts[POLICY_CALL] = policy_flops(recipe, config, row)
+    for outline in found:
+        trained = trained_paths(recipe, params, [outline.stage])
+        parts = outline.model.config, outline.stage, outline.batch
+        counts[outline.stage.name] = step_flops(recipe, *parts, trained=trained)
+    if found[-1].stage.reasoning_stage in (0, 4):
+        counts[POLICY_CALL] = policy_flops(recipe, found[-1].model.config, found[-1].rows(1))
     return counts
 
 

@@ -13,7 +13,6 @@ directory holds everything, and batch n is a function of (seed, n). Where a run 
 import argparse
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from jax.sharding import Mesh
 
 from data_pipelines.loader import Loader, Position
 from data_pipelines.mixture import MixtureSource
-from lara_jax import assemble, sharding
+from lara_jax import assemble, cluster, sharding
 from lara_jax.batch import Batch
 from lara_jax.checkpoint import (
     CheckpointStore,
@@ -71,9 +70,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
     args, rest = parser.parse_known_args(argv)
     recipe = load_recipe(args.config, split_overrides(rest))
-    done = int(train(recipe, Path(args.workdir)).step)
+    cluster.join()
+    with cluster.Membership():
+        done = int(train(recipe, Path(args.workdir)).step)
     if done < recipe.train.steps:
-        _say(f"stopped at step {done} of {recipe.train.steps}; the same command goes on from there")
+        cluster.say(
+            f"stopped at step {done} of {recipe.train.steps}; the same command goes on from there"
+        )
         return 1
     return 0
 
@@ -113,6 +116,7 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
         # Batches taken from the stream less steps done: not 0 once the batch size has changed.
         ahead = stream_step(recipe, info) - step
         log = stack.enter_context(contextlib.closing(Log(recipe, workdir, step)))
+        watch = stack.enter_context(cluster.Watch(recipe.train.hang_seconds, step))
         for lesson in lessons:
             names = [s.name for s in lesson.loader.source.sources]
             skips = SkipReport(names, recipe.spike)
@@ -135,6 +139,7 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
             for batch in log.batches(batches, datasets=names, step_flops=flops):
                 state, metrics = train_step(state, sharding.put(batch, rows))
                 step += 1
+                watch.handed(step, metrics["loss"])
                 skips.follow(step, metrics.pop("verdict"), batch)
                 stops = asked_to_stop(step) or skips.too_many
                 last = step == recipe.train.steps or stops
@@ -143,7 +148,9 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 store.check()
                 evaluate = held_out and held_out.due(step, lesson.end)
                 if evaluate and stops:
-                    _say(f"the evaluation of step {step} is left out")  # there may be no time
+                    cluster.say(
+                        f"the evaluation of step {step} is left out"
+                    )  # there may be no time
                     evaluate = False
                 # A row is of one stage.
                 ends = step == lesson.end
@@ -209,12 +216,13 @@ def open_data(
         saved = load_info(workdir, step)
         _refuse_another_model(workdir, saved, recipe, source)
         for change in recipe_changes(saved.recipe, recipe):
-            _say(f"changed since the checkpoint: {change}")
+            cluster.say(f"changed since the checkpoint: {change}")
         stage = stage_of(recipe.stages, recipe.train.steps, min(step, recipe.train.steps))
+        stream = stage_source(source, stage).fingerprint
         Position(saved.samples, saved.stream).check(
-            stage_source(source, stage).fingerprint, allow_changed=recipe.data.allow_changed_stream
+            stream, allow_changed=recipe.data.allow_changed_stream
         )
-        return dataclasses.replace(saved, recipe=recipe), source
+        return dataclasses.replace(saved, recipe=recipe, stream=stream), source
     statistics, tokenizer = statistics_of(source), assemble.load_recipe_tokenizer(recipe)
     fast = earlier_fast_tokenizer(recipe) or fast_tokenizer(
         recipe, source, statistics, tokenizer.action_range
@@ -249,12 +257,12 @@ def earlier_fast_tokenizer(recipe: Recipe) -> FastTokenizer | None:
         ),
     )
     if shapes[0] != shapes[1]:
-        _say(
+        cluster.say(
             f"the action tokens of {recipe.init.path} are for chunks of {shapes[0]} and not used: "
             f"a new FAST tokenizer is fitted to chunks of {shapes[1]}"
         )
         return None
-    _say(f"action tokens are those of {recipe.init.path}")
+    cluster.say(f"action tokens are those of {recipe.init.path}")
     return fast
 
 
@@ -299,7 +307,7 @@ def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[L
     divided = spans(recipe.stages, recipe.train.steps)
     for stage in recipe.stages:
         if stage not in [one for one, _, _ in divided]:
-            _say(f"stage {stage.name!r} gets none of the {recipe.train.steps} steps")
+            cluster.say(f"stage {stage.name!r} gets none of the {recipe.train.steps} steps")
     for stage, start, end in divided:
         before = max(1, lessons[-1].stage.reasoning_stage) if lessons else 0
         spoken_stage = before if before < stage.reasoning_stage else 0
@@ -366,24 +374,20 @@ def first_state(
     )
     step = store.latest()
     if step is not None and store.has_training(step):
-        _say(f"resuming at step {step} from {store.folder(step)}")
+        cluster.say(f"resuming at step {step} from {store.folder(step)}")
         state = store.restore(abstract, step)
         return state.replace(spikes=resumed(state.spikes, recipe.spike))
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(recipe.seed))
     source = recipe.init.path if step is None else store.folder(step)
     if not source:
-        _say("starting from random parameters")
+        cluster.say("starting from random parameters")
         return state
-    _say(f"starting from the parameters of {source}")
+    cluster.say(f"starting from the parameters of {source}")
     networks = {name: tree for name, tree in abstract.params.items() if name != LORA}
     params = restore_params(source, networks)
     if factors := load_factors(source):
-        _say("its low-rank factors are merged into the kernels")
+        cluster.say("its low-rank factors are merged into the kernels")
         where = {name: shardings.params[name] for name in networks}
         merge = jax.jit(merged, static_argnums=1, out_shardings=where)
         params = merge(params | {LORA: factors}, load_info(source).recipe.lora.scale)
     return started_from(state.params | params, state, recipe)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -19,11 +19,10 @@ import pytest
 
 from lara_jax import assemble, checkpoint, sharding, train
 from lara_jax.checkpoint import CheckpointStore, RunInfo, load_params
-from lara_jax.config import Recipe, load_recipe
-from lara_jax.models.lara_vla import LaraVLA
+from lara_jax.config import load_recipe
 from lara_jax.optimizer import make_optimizer
 from lara_jax.optimizer_config import LoraConfig
-from lara_jax.tokenizers.qwen import load_tokenizer
+from lara_jax.outline import outlines, state_outline
 from lara_jax.train_step import TrainState, init_state, logical_axes, make_train_step
 from tests import devices
 from tests.data_pipelines.handmade import write_tabletop
@@ -221,21 +220,6 @@ def test_the_mesh_changes_nothing(repository: Path, data: Path, tmp_path: Path) 
     assert run.stdout.strip() == "done"
 
 
-def shapes_of(recipe: Recipe) -> tuple[LaraVLA, train.TrainState]:
-    """The model of a recipe's last stage and its abstract state, for one view of 256 px."""
-    tokenizer = load_tokenizer()
-    prompt = assemble.prompt_builder(
-        recipe, tokenizer, recipe.stages[-1], views=1, image_size=(256, 256)
-    )
-    config = assemble.model_config(recipe, tokenizer, latent_slots=prompt.latent_slots)
-    # The tokenizer of the published models is not part of the repository, its size is known.
-    rows = 153_988 if recipe.model.backbone != "debug" else tokenizer.vocab_size
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
-    model = LaraVLA(config)
-    init = partial(init_state, model, make_optimizer(recipe), recipe)
-    return model, jax.eval_shape(init, jax.random.key(0))
-
-
 # Billions of parameters: Qwen3-VL with its vocabulary grown by 2,052 rows, and the expert.
 SIZES = {
     "bridge_4b": 4.60,
@@ -250,7 +234,8 @@ SIZES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_shapes_names_and_shards(repository: Path, name: str) -> None:
     recipe = load_recipe(repository / "configs" / f"{name}.py")
-    model, state = shapes_of(recipe)
+    outline = outlines(recipe)[-1]
+    model, state = outline.model, state_outline(recipe, outline)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count / 1e9 == pytest.approx(SIZES[name], rel=0.02)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -271,7 +256,8 @@ def test_every_recipe_has_shapes_names_and_shards(repository: Path, name: str) -
 @pytest.mark.parametrize("name", ["bridge_4b", "oxe_8b"])
 def test_a_step_of_the_large_recipes_has_shapes(repository: Path, name: str) -> None:
     recipe = load_recipe(repository / "configs" / f"{name}.py")
-    model, state = shapes_of(recipe)
+    outline = outlines(recipe)[-1]
+    model, state = outline.model, state_outline(recipe, outline)
     stage = recipe.stages[-1]
     batch = assemble.batch_spec(recipe, stage, views=1, image_size=(256, 256))
     step = make_train_step(model, make_optimizer(recipe), stage, recipe)
