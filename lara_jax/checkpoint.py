@@ -37,7 +37,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lara_jax import checkpoint_files as files
-from lara_jax.checkpoint_files import JSON_ITEMS, find, steps
+from lara_jax import cluster
+from lara_jax.checkpoint_files import JSON_ITEMS, SaveFailed, find, steps
 from lara_jax.config import CheckpointConfig, Recipe, recipe_from_dict, recipe_to_dict
 from lara_jax.lora import LORA
 
@@ -55,10 +56,6 @@ for _name in ("absl", "asyncio"):
             record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
         )
     )
-
-
-class SaveFailed(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +174,9 @@ class CheckpointStore:
         """
         for path, step in self._cut_off.items():
             if step > (self.latest() or 0):
-                _say(f"checkpoint {step} was cut off while it was written; {path} is deleted")
+                cluster.say(
+                    f"checkpoint {step} was cut off while it was written; {path} is deleted"
+                )
         damaged: dict[int, str] = {}
         whole: int | None = None
         for step in reversed(sorted({*steps(self._root), *files.incomplete(self._root)})):
@@ -214,7 +213,7 @@ class CheckpointStore:
         """
         metric = self._config.best_metric if self._config else ""
         if metric and metric not in info.metrics:
-            _say(
+            cluster.say(
                 f"checkpoint {step} has no metric {metric!r} and is not among the best; it has "
                 f"{', '.join(sorted(info.metrics)) or 'none'}"
             )
@@ -319,10 +318,9 @@ class CheckpointStore:
             yield
         except WRITE_ERRORS as error:
             what = "checkpoints" if self._saving is None else f"checkpoint {self._saving}"
-            newest = self.latest() if self._root.is_dir() else None
-            intact = "there is no earlier one" if newest is None else f"{newest} is intact"
             raise SaveFailed(
-                f"{what} cannot be written to {self._root}: {_reason(error)}; {intact}"
+                f"{what} cannot be written to {self._root}: {_reason(error)}; "
+                f"{files.intact(self._root)}"
             ) from error
 
     def _logged(self, step: int) -> Mapping[str, float]:
@@ -505,7 +503,7 @@ def _read_fields(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
             "these parameters"
         )
     if unused := sorted(have - abstract.keys()):
-        _say(f"{folder}: the run has no use for {', '.join(unused)}")
+        cluster.say(f"{folder}: the run has no use for {', '.join(unused)}")
     return _read_tree(folder, abstract, leave=unused)
 
 

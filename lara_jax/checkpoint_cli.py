@@ -4,11 +4,13 @@ lara checkpoint ls runs/debug --check
 
       step          size  kind         loss_action  integrity
        400       0.5 MiB  training           0.213  ok
-       500       0.5 MiB  training           0.187  damaged: params/d/1a has changed
-       600                cut off while it was written
+       500       0.5 MiB  training               -  damaged: params/d/1a has changed
+300.damaged: damaged, set aside
+600.orbax-checkpoint-tmp: cut off, or still being written
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     for verb, line in (
         ("ls", "list the checkpoints of a run"),
         ("verify", "check files and numbers; the last line is the parameters' SHA-256"),
-        ("rm", "delete a checkpoint, also a damaged or incomplete one"),
+        ("rm", "delete a checkpoint, or all that no run can use"),
     ):
         sub = verbs.add_parser(verb, help=line, description=line)
         sub.add_argument("directory", metavar="DIR")
@@ -45,10 +47,17 @@ def main(argv: Sequence[str]) -> int:
             sub.add_argument("--json", action="store_true", help="one object a line")
             sub.add_argument("--check", action="store_true", help="compare files with checksums")
             sub.add_argument("--metric", metavar="NAME", help="shown; checkpoint.best_metric else")
-        else:
-            sub.add_argument("--step", type=int, required=verb == "rm")
-        if verb == "verify":
+        elif verb == "verify":
+            sub.add_argument("--step", type=int)
             sub.add_argument("--digest", action="store_true", help="print only the SHA-256")
+        else:
+            which = sub.add_mutually_exclusive_group(required=True)
+            which.add_argument("--step", type=int)
+            which.add_argument(
+                "--damaged",
+                action="store_true",
+                help="all that were set aside, cut off, or are incomplete; not while the run goes",
+            )
     sub = verbs.add_parser("compare", help="exit 1 if the parameters of A and B differ")
     sub.add_argument("a", metavar="A")
     sub.add_argument("b", metavar="B")
@@ -77,17 +86,14 @@ def verify(folder: Path) -> list[str]:
 def _ls(args: argparse.Namespace) -> int:
     root = _root(args.directory)
     rows = [_row(root / str(step), check=args.check) for step in files.steps(root)]
-    rest = {root / str(step): "incomplete" for step in files.incomplete(root)}
-    rest |= dict.fromkeys(files.cut_off(root), "cut off while it was written")
-    rest |= dict.fromkeys(sorted(root.glob(f"*{files.ASIDE}*")), "damaged, set aside")
+    rest = _unusable(root)
     if not rows and not rest:
         raise FileNotFoundError(f"no checkpoint in {args.directory}")
     if args.json:
         rows += [{"step": None, "kind": kind, "path": str(path)} for path, kind in rest.items()]
         print(*map(json.dumps, rows), sep="\n")
         return 0
-    name = args.metric or (load_info(root).recipe.checkpoint.best_metric if rows else "")
-    name = name or "loss"
+    name = args.metric or _best_metric(root)
     print(f"{'step':>10}  {'size':>14}  {'kind':<12}  {name:>12}  integrity")
     for row in rows:
         size, value = f"{row['bytes'] / 2**20:.1f} MiB", row["metrics"].get(name)
@@ -98,9 +104,24 @@ def _ls(args: argparse.Namespace) -> int:
     return 0
 
 
+def _best_metric(root: Path) -> str:
+    """What the newest recipe that can be read calls the best checkpoint by, or the loss."""
+    for step in reversed(files.steps(root)):
+        with contextlib.suppress(OSError, ValueError):  # damaged: its row says so
+            return load_info(root, step).recipe.checkpoint.best_metric or "loss"
+    return "loss"
+
+
+def _unusable(root: Path) -> dict[Path, str]:
+    """Folders that no run goes on from, and what they are."""
+    found = {root / str(step): "incomplete" for step in files.incomplete(root)}
+    found |= dict.fromkeys(files.cut_off(root), "cut off, or still being written")
+    return found | dict.fromkeys(files.set_aside(root), "damaged, set aside")
+
+
 def _row(folder: Path, *, check: bool) -> dict[str, Any]:
-    """What `ls` says of a complete checkpoint."""
-    wrong = files.damage(folder) if check else []
+    """What `ls` says of a complete checkpoint; its small files are compared in any case."""
+    wrong = files.damage(folder, () if check else files.JSON_ITEMS)
     integrity = f"damaged: {wrong[0]}" if wrong else "ok" if check else "not checked"
     return {
         "step": int(folder.name),
@@ -130,12 +151,18 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _rm(args: argparse.Namespace) -> int:
     root = _root(args.directory)
+    unusable = _unusable(root)
     known = sorted({*files.steps(root), *files.incomplete(root)})
-    if args.step not in known:
-        raise FileNotFoundError(f"no checkpoint of step {args.step} in {root}; there are {known}")
-    folder = root / str(args.step)
-    shutil.rmtree(folder)
-    print(f"deleted {folder}", file=sys.stderr)
+    if args.damaged and not unusable:
+        raise FileNotFoundError(f"nothing in {root} was set aside, cut off, or is incomplete")
+    if not args.damaged and args.step not in known:
+        more = f"; --damaged deletes {', '.join(p.name for p in unusable)}" if unusable else ""
+        raise FileNotFoundError(
+            f"no checkpoint of step {args.step} in {root}; there are {known}{more}"
+        )
+    for folder in unusable if args.damaged else (root / str(args.step),):
+        shutil.rmtree(folder)
+        print(f"deleted {folder}", file=sys.stderr)
     return 0
 
 

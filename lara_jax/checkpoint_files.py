@@ -9,9 +9,10 @@
 Nothing here needs the model or a device.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,34 @@ ASIDE = ".damaged"
 JSON_ITEMS = ("position", "statistics", "tokenizer", "recipe", "logged")
 CHUNK_BYTES = 1 << 22
 THREADS = min(16, os.cpu_count() or 1)
+
+
+class SaveFailed(OSError):
+    """A checkpoint, or another file of a run, could not be written; those before are intact."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, workdir: Path) -> Iterator[None]:
+    """Names the file that could not be written, and what is safe.
+
+    Args:
+      path: of the file.
+      workdir: the run's directory.
+
+    Raises:
+      SaveFailed: the disk is full, or takes no files.
+    """
+    try:
+        yield
+    except OSError as error:
+        safe = intact(workdir / "checkpoints")
+        raise SaveFailed(f"{path} cannot be written: {error.strerror or error}; {safe}") from error
+
+
+def intact(directory: Path) -> str:
+    """Which checkpoint below a `checkpoints` directory a run can go on from, in words."""
+    newest = max(steps(directory), default=None)
+    return "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is intact"
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -39,6 +68,12 @@ def incomplete(directory: str | Path) -> list[int]:
 def cut_off(directory: str | Path) -> dict[Path, int]:
     """Folders of checkpoints that were cut off while they were written, and their steps."""
     found = {path: path.name.partition(CUT_OFF) for path in Path(directory).glob(f"*{CUT_OFF}*")}
+    return {path: int(step) for path, (step, _, _) in sorted(found.items()) if step.isdigit()}
+
+
+def set_aside(directory: str | Path) -> dict[Path, int]:
+    """Folders of checkpoints that were moved aside as damaged, and their steps."""
+    found = {path: path.name.partition(ASIDE) for path in Path(directory).glob(f"*{ASIDE}*")}
     return {path: int(step) for path, (step, _, _) in sorted(found.items()) if step.isdigit()}
 
 
@@ -108,7 +143,8 @@ def damage(
         return [f"{CHECKSUMS} is missing"]
     try:
         table = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except ValueError as error:
+        table = {name: (row["bytes"], row["crc32c"]) for name, row in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{CHECKSUMS} is damaged: {error}"]
     wanted = items or ("params", *JSON_ITEMS)
     wrong = [f"{name} is missing" for name in wanted if not (folder / name).is_dir()]
@@ -125,10 +161,10 @@ def damage(
             return f"{name} is new"
         if name not in found:
             return f"{name} is missing"
-        size, expected = found[name].stat().st_size, table[name]["bytes"]
+        size, (expected, checksum) = found[name].stat().st_size, table[name]
         if size < expected:
             return f"{name} is cut off: {size} of {expected} bytes"
-        return "" if _crc32c(found[name]) == table[name]["crc32c"] else f"{name} has changed"
+        return "" if _crc32c(found[name]) == checksum else f"{name} has changed"
 
     with ThreadPoolExecutor(THREADS) as pool:
         return wrong + [line for line in pool.map(check, names) if line]

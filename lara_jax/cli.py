@@ -58,21 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = VERBS[verb]
     try:
         return getattr(importlib.import_module(module), function)(rest)
-    except (ValueError, *WRONG_PATH) as error:
-        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        if "lara-jax[" not in str(error):  # of our own then, and to be mended
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        status = exit_status(error)
+        if status is None:
             raise
-        print(f"lara {verb}: {_one_line(error)}", file=sys.stderr)
+        print(f"lara {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return status
+
+
+def exit_status(error: BaseException) -> int | None:
+    """What a verb ends with after an error that is told in one line; None for any other error."""
+    if isinstance(error, (ValueError, *WRONG_PATH)):
         return 2
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if isinstance(error, (FloatingPointError, OSError)):
+        return 1
+    # An extra that is not installed; any other import that fails is of our own, and to be mended.
+    return 2 if isinstance(error, ImportError) and "lara-jax[" in str(error) else None
 
 
 if __name__ == "__main__":

@@ -318,14 +318,17 @@ class TrainConfig:
     steps: optimizer steps of the whole run.
     accumulate_steps: pieces a batch is cut into, one after the other, to save memory.
     stages: names of the stages, in order.
+    hang_seconds: a step that takes longer ends the process (`lara_jax.cluster`); 0 for no limit.
     """
 
     steps: int = 1000
     accumulate_steps: int = 1
     stages: tuple[str, ...] = ()
+    hang_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, accumulate_steps=self.accumulate_steps)
+        _check(self.hang_seconds >= 0, f"hang_seconds must be 0 or more, got {self.hang_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)

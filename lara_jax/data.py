@@ -3,7 +3,6 @@
 recipe -> stream of steps (a mixture of indexed datasets) -> statistics -> batches of a stage
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from data_pipelines.loader import Loader, Prompt
 from data_pipelines.mixture import MixtureSource
 from data_pipelines.sampling import StepSource
 from data_pipelines.statistics import DatasetStatistics, index_statistics, normalizers
+from lara_jax import cluster
 from lara_jax.assemble import ActionTokens
 from lara_jax.config import Recipe
 from lara_jax.curriculum import Stage
@@ -221,10 +221,9 @@ def _report(
     elif source.chunk_hz:
         rate, stride = source.chunk_rate_hz, source.stride
         notes.append(f"{rate:.3g} actions a second in a chunk, {stride} of its steps each")
-    print(
+    cluster.say(
         f"{source.name}: {len(source)} steps, {mine['episodes']} episodes of {part.split}, "
-        f"weight {entry.weight:g}; " + "; ".join(notes),
-        file=sys.stderr,
+        f"weight {entry.weight:g}; " + "; ".join(notes)
     )
 
 

@@ -6,12 +6,18 @@
 
 What a stage or a machine does not have stays empty. A run that resumes from step n first drops the
 rows after n (an interrupted run may have logged further than it saved), so no step appears twice
-and a file reads as if nothing had happened.
+and a file reads as if nothing had happened. A file that another version wrote with other columns is
+kept as `metrics.1.csv`, and its rows go on with the columns of now.
 """
 
+import contextlib
 import csv
 import importlib
+import itertools
+import os
 import secrets
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +26,10 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
+
+from lara_jax.checkpoint_files import writing
 
 COLUMNS = (
     "step",
@@ -40,6 +48,8 @@ COLUMNS = (
     "device_memory_gb",
 )
 SCORE_COLUMNS = ("step", "stage", "dataset", "metric", "value")
+# Measured by each process for itself: two would not agree on which checkpoint is the best.
+MEASURED = ("samples_per_second", "data_wait_fraction", "mfu", "device_memory_gb")
 # What the progress bar shows: column -> its name there.
 SHOWN = {
     "loss": "loss",
@@ -61,35 +71,82 @@ class CsvTable:
       start_step: rows after it are dropped.
 
     Raises:
-      ValueError: the file has other columns.
+      SaveFailed: the file cannot be written.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, start_step: int) -> None:
-        rows = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as stream:
-                reader = csv.DictReader(stream)
-                whole = (row for row in reader if None not in row.values())  # not cut off by a kill
-                rows = [row for row in whole if int(row["step"]) <= start_step]
-            if tuple(reader.fieldnames or columns) != tuple(columns):
-                raise ValueError(f"{path} has the columns {reader.fieldnames}, not {columns}")
-        rewritten = path.with_suffix(".csv.new")
-        with rewritten.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        rewritten.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
+        self._path = path
+        rows = _rows(path, columns, start_step) if path.is_file() else []
+        with writing(path, path.parent):
+            rewritten = path.with_suffix(".csv.new")
+            with rewritten.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            rewritten.replace(path)
+            self._file = path.open("a", newline="", encoding="utf-8")
         self._csv = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows; a column that is left out stays empty, one that is not there is refused."""
-        self._csv.writerows(rows)
-        self._file.flush()
+        """Appends rows; a column that is left out stays empty, one that is not there is refused.
+
+        Raises:
+          SaveFailed: the file cannot be written.
+        """
+        with writing(self._path, self._path.parent):
+            self._csv.writerows(rows)
+            self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file.
+
+        Raises:
+          SaveFailed: what was written before is not on the disk.
+        """
+        with writing(self._path, self._path.parent):
+            self._file.close()
+
+
+class Board:
+    """A file of events for TensorBoard, whose own writer fails in a thread, where none can tell.
+
+    Args:
+      workdir: the run's directory; the file goes to its folder `tensorboard`.
+
+    Raises:
+      SaveFailed: the file cannot be written.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._workdir, folder = workdir, workdir / "tensorboard"
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        with writing(self._path, workdir):
+            folder.mkdir(exist_ok=True)
+            self._file = self._path.open("wb")
+        self._records = RecordWriter(self._file)
+        self.add(0, file_version="brain.Event:2")
+
+    def add(self, step: int, **content: Any) -> None:
+        """Writes an event of a step.
+
+        Raises:
+          SaveFailed: the file cannot be written.
+        """
+        event = Event(wall_time=time.time(), step=step, **content)
+        with writing(self._path, self._workdir):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+          SaveFailed: what was written before is not on the disk.
+        """
+        with writing(self._path, self._workdir):
+            self._file.close()
 
 
 class MetricsWriter:
@@ -103,7 +160,8 @@ class MetricsWriter:
       settings: of the run, for Weights & Biases to show.
 
     Raises:
-      ValueError: a file has other columns, or `wandb` is not installed but asked for.
+      ValueError: `wandb` is not installed but asked for.
+      SaveFailed: a file cannot be written; so do the methods.
     """
 
     def __init__(
@@ -117,17 +175,23 @@ class MetricsWriter:
     ) -> None:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._metrics = CsvTable(workdir / "metrics.csv", COLUMNS, start_step=start_step)
-        self._scores = {
-            kind: CsvTable(workdir / f"{kind}.csv", SCORE_COLUMNS, start_step=start_step)
-            for kind in ("datasets", "eval")
-        }
-        self._wandb = _wandb_run(wandb_project, workdir, settings) if wandb_project else None
-        self._board = EventFileWriter(str(workdir / "tensorboard"))
-        # What earlier files say of the steps from here on is void.
-        restart = SessionLog(status=SessionLog.START)
-        self._add_event(start_step + 1, session_log=restart)
-        self._bar = tqdm(total=steps, initial=start_step, unit="step", file=sys.stderr)
+        with contextlib.ExitStack() as opened:
+
+            def table(name: str, columns: Sequence[str]) -> CsvTable:
+                made = CsvTable(workdir / f"{name}.csv", columns, start_step=start_step)
+                return opened.enter_context(contextlib.closing(made))
+
+            self._metrics = table("metrics", COLUMNS)
+            self._scores = {kind: table(kind, SCORE_COLUMNS) for kind in ("datasets", "eval")}
+            self._wandb = _wandb_run(wandb_project, workdir, settings) if wandb_project else None
+            if self._wandb is not None:
+                opened.callback(self._wandb.finish)
+            self._board = opened.enter_context(contextlib.closing(Board(workdir)))
+            # What earlier files say of the steps from here on is void.
+            self._board.add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._bar = tqdm(total=steps, initial=start_step, unit="step", file=sys.stderr)
+            opened.callback(self._bar.close)
+            self._opened = opened.pop_all()
 
     def advance(self) -> None:
         """Moves the progress bar by a step."""
@@ -170,22 +234,34 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes files and progress bar."""
-        self._bar.close()
-        self._board.close()
-        for table in (self._metrics, *self._scores.values()):
-            table.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._opened.close()
 
     def _publish(self, step: int, values: Mapping[str, float]) -> None:
         """To TensorBoard and Weights & Biases."""
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add_event(step, summary=Summary(value=scalars))
+        self._board.add(step, summary=Summary(value=scalars))
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
 
-    def _add_event(self, step: int, **content: Any) -> None:
-        self._board.add_event(Event(wall_time=time.time(), step=step, **content))
+
+def _rows(path: Path, columns: Sequence[str], start_step: int) -> list[dict[str, str]]:
+    """The rows up to a step of a file that is there; one with other columns is kept besides."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        whole = [row for row in reader if None not in row.values()]  # not cut off by a kill
+    found = tuple(reader.fieldnames or columns)
+    if found != tuple(columns):
+        copies = (path.with_suffix(f".{number}.csv") for number in itertools.count(1))
+        copy = next(copy for copy in copies if not copy.exists())
+        with writing(copy, path.parent):
+            shutil.copyfile(path, copy)
+        print(
+            f"{path} has the columns {', '.join(found)}; it is kept as {copy.name}, and goes on "
+            f"with {', '.join(columns)}",
+            file=sys.stderr,
+        )
+    rows = [row for row in whole if row.get("step") and int(row["step"]) <= start_step]
+    return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
 def _wandb_run(project: str, workdir: Path, settings: Mapping[str, Any] | None) -> Any:

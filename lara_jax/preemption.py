@@ -15,6 +15,7 @@ maintenance. GCE_METADATA_HOST is how Google's own libraries name another server
 """
 
 import contextlib
+import http.client
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ QUIET = {"instance/preempted": "FALSE", "instance/maintenance-event": "NONE"}
 HARMLESS = ("MIGRATE_ON_HOST_MAINTENANCE",)
 POLL_SECONDS = 1.0
 TIMEOUT_SECONDS = 2.0
+# What a server raises that is away, or breaks off in the middle of an answer.
+SILENT = (OSError, http.client.HTTPException)
 
 
 @contextlib.contextmanager
@@ -72,7 +75,7 @@ def _gce_notices() -> Iterator[None]:
     """Inside, a thread looks at the metadata server and sends this process one SIGTERM."""
     try:
         _gce_notice()
-    except OSError as error:
+    except SILENT as error:
         raise ValueError(
             f"checkpoint.preemption_notice is 'gce', but no metadata server answers ({error}); "
             "allowed elsewhere: 'sigterm'"
@@ -80,20 +83,16 @@ def _gce_notices() -> Iterator[None]:
     end = threading.Event()
 
     def watch() -> None:
-        answers = True
-        while not end.wait(POLL_SECONDS):
-            try:
-                notice = _gce_notice()
-            except OSError as error:
-                if answers:
-                    _say(f"the metadata server does not answer ({error}); asking on")
-                answers = False
-                continue
-            answers = True
-            if notice:
-                _say(f"the machine will be taken away ({notice}): saving, then stopping")
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+        watching = True
+        try:
+            notice = _first_notice(end)
+            watching = False
+        finally:
+            if watching:  # what ended it follows, as of any thread
+                _say("the metadata server is not asked any more: the run hears of SIGTERM alone")
+        if notice:
+            _say(f"the machine will be taken away ({notice}): saving, then stopping")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watch, name="preemption notices", daemon=True)
     thread.start()
@@ -104,6 +103,24 @@ def _gce_notices() -> Iterator[None]:
         thread.join()
 
 
+def _first_notice(end: threading.Event) -> str:
+    """Asks the metadata server until it says something; empty if `end` came first."""
+    answers = True
+    while not end.wait(POLL_SECONDS):
+        try:
+            if notice := _gce_notice():
+                return notice
+            answers = True
+        except SILENT as error:
+            if answers:
+                _say(
+                    f"the metadata server does not answer ({type(error).__name__}: {error}); "
+                    "asking on"
+                )
+            answers = False
+    return ""
+
+
 def _gce_notice() -> str:
     """What the metadata server says of this machine's end; empty while it says nothing."""
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
@@ -112,7 +129,7 @@ def _gce_notice() -> str:
             f"http://{host}/computeMetadata/v1/{key}", headers={"Metadata-Flavor": "Google"}
         )
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-            value = answer.read().decode().strip()
+            value = answer.read().decode(errors="replace").strip()
         if value != quiet and value not in HARMLESS:
             return f"{key} is {value}"
     return ""

@@ -27,6 +27,7 @@ from data_pipelines.loader import Loader, Position
 from data_pipelines.mixture import MixtureSource
 from lara_jax import assemble, cluster, sharding
 from lara_jax.batch import Batch
+from lara_jax.best_metric import check_best_metric
 from lara_jax.checkpoint import (
     CheckpointStore,
     RunInfo,
@@ -93,9 +94,10 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
 
     Raises:
       ValueError: the recipe does not fit the data or the devices.
-      SaveFailed: a checkpoint could not be written; those before it are whole.
+      SaveFailed: a checkpoint or another file could not be written; those before it are whole.
       FloatingPointError: too many steps in a row had to be skipped; a checkpoint was saved.
     """
+    check_best_metric(recipe)
     mesh = sharding.make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, recipe.checkpoint)))

@@ -248,12 +248,47 @@ def test_ls_and_rm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert head.split() == ["step", "size", "kind", "loss", "integrity"]
     assert re.fullmatch(r" +5 +0\.\d MiB  training +0\.5  ok", five)
     assert re.search(r"^ +7 .*  damaged: params/.* has changed$", seven)
-    assert cut == "9.orbax-checkpoint-tmp: cut off while it was written"
+    assert cut == "9.orbax-checkpoint-tmp: cut off, or still being written"
 
     assert checkpoint_cli.main(["rm", str(run), "--step", "5"]) == 0
     assert checkpoint.steps(run / "checkpoints") == [7]
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .*\[7\]"):
         checkpoint_cli.main(["rm", str(run), "--step", "5"])
+
+
+def test_ls_lists_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own small files are looked at in any case, and none of them is needed for the list."""
+    root = run / "checkpoints"
+    cut(root / "7" / "recipe")
+    remove(root / "5" / "logged")
+    for arguments in ([], ["--check"]):
+        assert checkpoint_cli.main(["ls", str(run), *arguments]) == 0
+        head, five, seven = capsys.readouterr().out.splitlines()
+        assert "loss" in head
+        assert re.search(r"^ +5 .* -  damaged: logged/.* is missing$", five)
+        assert re.search(r"^ +7 .* -  damaged: recipe/.* is cut off: .* bytes$", seven)
+    (root / "7" / files.CHECKSUMS).write_text('{"params/x": {"cytes": 3}}')
+    assert checkpoint_cli.main(["ls", str(run)]) == 0
+    assert "damaged: checksums.json is damaged: 'bytes'" in capsys.readouterr().out
+
+
+def test_rm_deletes_what_no_run_can_use(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run / "checkpoints"
+    unusable = ("3", "9.damaged", "9.damaged-2", "9.orbax-checkpoint-tmp")
+    for name in unusable:
+        (root / name / "params").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"of step 9 in .*--damaged deletes 3, 9\.orbax"):
+        checkpoint_cli.main(["rm", str(run), "--step", "9"])
+    assert checkpoint_cli.main(["rm", str(run), "--damaged"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(told) == [f"deleted {root / name}" for name in unusable]
+    assert sorted(path.name for path in root.iterdir()) == ["5", "7"]
+    with pytest.raises(FileNotFoundError, match=r"nothing in .* was set aside"):
+        checkpoint_cli.main(["rm", str(run), "--damaged"])
+    for arguments in ([], ["--step", "7", "--damaged"]):
+        with pytest.raises(SystemExit):
+            checkpoint_cli.main(["rm", str(run), *arguments])
+    assert checkpoint.steps(root) == [5, 7]
 
 
 LOSSES = {0: {}, 100: {"loss": 3.0}, 200: {"loss": 1.0}, 300: {"loss": 1.0}, 400: {"loss": 2.0}}
@@ -430,7 +465,9 @@ def full_disk() -> Iterator[Any]:
 def test_a_full_disk_is_one_error_and_harms_nothing(run: Path, info: RunInfo, full_disk) -> None:
     store = CheckpointStore(run, KEEP_2)
     full_disk()
-    with pytest.raises(SaveFailed, match=r"checkpoint 9 cannot be written to .*; 7 is intact") as e:
+    with pytest.raises(
+        SaveFailed, match=r"checkpoint 9 cannot be written to .*; checkpoint 7 is intact"
+    ) as e:
         store.save(9, make_state(seed=9), info)
         store.wait()
     assert "\n" not in str(e.value)
@@ -445,7 +482,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_soon(
     store = CheckpointStore(run, KEEP_2)
     store.check()
     full_disk()
-    with pytest.raises(SaveFailed, match="; 7 is intact"):
+    with pytest.raises(SaveFailed, match="; checkpoint 7 is intact"):
         store.save(9, make_state(seed=9), info)
         for _ in range(1000):
             store.check()

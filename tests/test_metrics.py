@@ -2,7 +2,6 @@
 
 import csv
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lara_jax.checkpoint_files import SaveFailed
 from lara_jax.metrics import COLUMNS, SCORE_COLUMNS, MetricsWriter
 
 
@@ -52,10 +52,32 @@ def test_columns_are_always_the_same(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,mse\n1,0.5\n")
-    with pytest.raises(ValueError, match=r"\['step', 'mse'\]"):
-        MetricsWriter(tmp_path, start_step=1, steps=10)
+def test_a_file_with_other_columns_is_kept_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "step,mse,loss\n1,0.5,0.25\n2,0.4,0.2\n"
+    for number, content in ((1, text), (2, "what,ever\n1,2\n")):
+        (tmp_path / "metrics.csv").write_text(content)
+        MetricsWriter(tmp_path, start_step=1, steps=10).close()
+        assert (tmp_path / f"metrics.{number}.csv").read_text() == content
+        told = capsys.readouterr().err
+        assert f"metrics.csv has the columns {content.split()[0].replace(',', ', ')};" in told
+        assert f"it is kept as metrics.{number}.csv" in told
+        if number == 1:
+            (row,) = read(tmp_path)
+            assert tuple(row) == COLUMNS
+            assert (row["step"], row["loss"], row["mfu"]) == ("1", "0.25", "")
+    assert read(tmp_path) == []
+    MetricsWriter(tmp_path, start_step=1, steps=10).close()
+    assert not (tmp_path / "metrics.3.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "eval.csv", "tensorboard"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    in_the_way = tmp_path / name
+    in_the_way.write_text("") if name == "tensorboard" else in_the_way.mkdir()
+    with pytest.raises(SaveFailed, match=f"{in_the_way}.* cannot be written: .*; there is no che"):
+        MetricsWriter(tmp_path, start_step=0, steps=10)
 
 
 @pytest.mark.parametrize("kind", ["datasets", "eval"])
@@ -66,8 +88,6 @@ def test_scores_are_a_row_each_and_cut_back_like_metrics(tmp_path: Path, kind: s
             scores = {("a", "loss_token"): float(step), ("b", "loss_token"): 0.5 + start}
             writer.write_scores(kind, step, "explicit", scores)
         writer.close()
-        # TensorBoard tells event files of one process apart by the second.
-        time.sleep(1.01)
     rows = read(tmp_path, kind)
     assert tuple(rows[0]) == SCORE_COLUMNS
     assert [tuple(row.values()) for row in rows] == [

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import BadStatusLine, IncompleteRead
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -96,6 +97,39 @@ def test_a_server_that_falls_silent_is_asked_on(
         metadata[MAINTENANCE] = "TERMINATE_ON_HOST_MAINTENANCE"
         assert wait_for(asked, 10)
     assert capsys.readouterr().err.count("the metadata server does not answer") == 1
+
+
+def test_a_server_that_breaks_off_is_asked_on(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half an answer, or none that is HTTP, does not end the watch."""
+    real, errors = preemption._gce_notice, [BadStatusLine("?"), IncompleteRead(b"FA")]
+    with stop_requests("gce") as asked:
+        monkeypatch.setattr(preemption, "_gce_notice", lambda: raise_next(errors) or real())
+        assert not wait_for(asked, 0.2)
+        assert errors == []
+        metadata[PREEMPTED] = "TRUE"
+        assert wait_for(asked, 10)
+    told = capsys.readouterr().err
+    assert "does not answer (BadStatusLine: ?); asking on" in told
+
+
+def raise_next(errors: list[Exception]) -> None:
+    if errors:
+        raise errors.pop(0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watch_that_ends_is_said(
+    metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stop_requests("gce") as asked, monkeypatch.context() as trouble:
+        trouble.setattr(preemption, "_gce_notice", lambda: raise_next([KeyError("ours")]))
+        assert not wait_for(asked, 0.2)
+    assert "the metadata server is not asked any more" in capsys.readouterr().err
+    with stop_requests("gce"):
+        pass
+    assert "not asked any more" not in capsys.readouterr().err
 
 
 def test_notices_need_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,22 @@
 completed save. The model is that of `soak/tiny.py`; data, loop and checkpoints are the real ones.
 """
 
+import errno
 import os
+import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lara_jax import checkpoint_files as files
-from lara_jax import cli
+from lara_jax import cli, metrics
 from tests.soak import kill_many, tiny
 
 Train = Callable[..., int]
@@ -124,8 +128,48 @@ def test_a_full_disk(
     line = told(capsys)[-1]
     root = tmp_path / "run" / "checkpoints"
     assert line == (
-        f"lara train: checkpoint 4 cannot be written to {root}: File too large; 2 is intact"
+        f"lara train: checkpoint 4 cannot be written to {root}: File too large; "
+        "checkpoint 2 is intact"
     )
+
+
+@pytest.mark.parametrize("log", ["metrics.csv", "tensorboard"])
+def test_a_disk_that_is_full_for_another_file(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture, log: str
+) -> None:
+    """The last line names the file and the checkpoint, and no thread leaves a traceback."""
+    name, method = ("CsvTable", "write") if log == "metrics.csv" else ("Board", "add")
+    real = getattr(getattr(metrics, name), method)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args: Any, **options: Any) -> None:
+        if saved(tmp_path) != [2]:
+            return real(*args, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            return real(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(getattr(metrics, name), method, full)
+    assert train("train.steps=40", "checkpoint.every_steps=2") == 1
+    lines = told(capfd)
+    assert not any("Traceback" in line for line in lines)
+    start, end = f"lara train: {tmp_path / 'run' / log}", " cannot be written: File too large; "
+    assert lines[-1].startswith(start) and end in lines[-1]
+    assert re.search(r"; checkpoint \d+ is intact$", lines[-1])
+
+
+def test_a_run_starts_without_a_temporary_file(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full /tmp is not its concern."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    assert train("train.steps=1") == 0
 
 
 def test_a_directory_that_takes_no_files(
@@ -140,7 +184,7 @@ def test_a_directory_that_takes_no_files(
     (line,) = told(capsys)
     assert line == (
         f"lara train: checkpoints cannot be written to {root}: {root} is not writable; "
-        "there is no earlier one"
+        "there is no checkpoint yet"
     )
 
 

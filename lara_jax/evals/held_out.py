@@ -32,6 +32,7 @@ from data_pipelines.sampling import StepSource, action_chunks
 from lara_jax import assemble, losses, sharding
 from lara_jax.augment import evaluation_crop
 from lara_jax.batch import Batch
+from lara_jax.checkpoint_files import writing
 from lara_jax.config import Recipe
 from lara_jax.curriculum import Stage
 from lara_jax.evals import latents
@@ -162,7 +163,11 @@ class HeldOut:
         return step % self._recipe.eval.every_steps == 0 or step == end
 
     def __call__(self, step: int, state: TrainState) -> dict[tuple[str, str], float]:
-        """Scores by (dataset, metric) after `step` steps; the first process writes samples."""
+        """Scores by (dataset, metric) after `step` steps; the first process writes samples.
+
+        Raises:
+          SaveFailed: they cannot be written.
+        """
         scores: dict[tuple[str, str], float] = {}
         for number, source in enumerate(self._source.sources):
             folder = self._folder / source.name
@@ -184,7 +189,8 @@ class HeldOut:
             scores |= {(source.name, metric): value for metric, value in found.items()}
             if jax.process_index() == 0:
                 samples |= _pictures(source, numbers[:ROWS], answers.latents)
-                _save(folder, step, samples, keep=self._keep)
+                with writing(folder, self._folder.parents[1]):
+                    _save(folder, step, samples, keep=self._keep)
         return scores
 
     def _answers(self, dataset: int, state: TrainState) -> tuple[np.ndarray, Answers]:

@@ -90,7 +90,8 @@ def write_report(workdir: Path, out: Path) -> Path:
         *_settings(workdir),
     ]
     steps = max(int(curve.steps[-1]) for curve in curves)
-    return save_page(out, f"{workdir.absolute().name}, step {steps}", sections)
+    save_page(out, f"{workdir.absolute().name}, step {steps}", sections)
+    return out
 
 
 def _legend(stages: Sequence[str]) -> str:
@@ -181,10 +182,15 @@ def _samples(folder: Path, stages: Sequence[str]) -> Iterator[str]:
 
 def _settings(workdir: Path) -> Iterator[str]:
     """The recipe of the newest checkpoint, folded away."""
-    if checkpoint.steps(workdir / "checkpoints"):
+    if not checkpoint.steps(workdir / "checkpoints"):
+        return
+    try:
         settings = dotted(recipe_to_dict(checkpoint.load_info(workdir).recipe))
-        rows = [[key, str(value)] for key, value in settings.items()]
-        yield f"<details><summary>Settings</summary>{table((), rows)}</details>"
+    except (OSError, ValueError) as error:
+        yield f'<p class="note">The settings could not be read: {escape(str(error))}</p>'
+        return
+    rows = [[key, str(value)] for key, value in settings.items()]
+    yield f"<details><summary>Settings</summary>{table((), rows)}</details>"
 
 
 def sample_section(samples: Mapping[str, np.ndarray]) -> Iterator[str]:

@@ -77,6 +77,15 @@ def test_what_a_run_has_not_written_is_left_out(workdir: Path) -> None:
     assert "by dataset" not in page and "Latent thoughts" not in page
 
 
+def test_settings_that_cannot_be_read_are_said_so(workdir: Path) -> None:
+    folder = workdir / "checkpoints" / "4"
+    folder.mkdir(parents=True)
+    (folder / "_CHECKPOINT_METADATA").touch()  # complete, and everything in it is missing
+    assert main(["--workdir", str(workdir)]) == 0
+    page = (workdir / "report.html").read_text()
+    assert "The settings could not be read: " in page and f"{folder} is damaged" in page
+
+
 def test_a_directory_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="metrics"):
         main(["--workdir", str(tmp_path)])

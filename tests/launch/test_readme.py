@@ -10,7 +10,7 @@ import pytest
 from configs import bridge_4b
 from tests.launch.conftest import Launch
 
-LAUNCHERS = ("tpu_vm.sh", "gke_xpk.sh", "jobset.py", "slurm.sbatch", "docker/build.sh")
+LAUNCHERS = ("tpu_vm.sh", "gke_xpk.sh", "jobset.py", "slurm.sbatch", "docker/build.sh", "local.py")
 README = Path(__file__).parents[2] / "launch" / "README.md"
 
 
