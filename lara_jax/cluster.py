@@ -23,6 +23,7 @@ Source: JAX, `jax.distributed.initialize` and `jax/_src/clusters`.
 
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -41,6 +42,10 @@ ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "LARA_PROCESS_COUNT", "LARA_
 HEARTBEAT_SECONDS = 30
 # What a process that has failed may still take to close its files.
 CLOSING_SECONDS = 15.0
+# How the message of an error in a running program begins: a code of absl::Status.
+DEVICE_ERROR = re.compile(
+    "(CANCELLED|UNKNOWN|DEADLINE_EXCEEDED|ABORTED|INTERNAL|UNAVAILABLE|DATA_LOSS): "
+)
 
 
 def join() -> None:
@@ -104,9 +109,10 @@ class Membership:
 class Watch(Membership):
     """Inside, a thread ends the process when the devices finish no step for too long.
 
-    The clock runs while a step that was handed to the devices is not finished, so neither what is
+    The clock runs while a step that is handed to the devices is not finished, so neither what is
     compiled, read, evaluated or saved between two steps counts: only a step, and the wait for the
-    slowest process in it.
+    slowest process in it. Devices may run a step while it is handed to them (CPU devices with
+    others to wait for do); but the first step of a program is compiled there.
 
     Args:
       hang_seconds: that a step may take; 0 for no limit.
@@ -117,6 +123,7 @@ class Watch(Membership):
         super().__init__(CLOSING_SECONDS)
         self._hang_seconds, self._last = hang_seconds, step
         self._steps: deque[tuple[int, Any]] = deque()
+        self._compiled = self._handing = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
 
@@ -131,6 +138,14 @@ class Watch(Membership):
         self._stop.set()
         super().__exit__(kind, error, _)
 
+    def new_program(self) -> None:
+        """The next step compiles."""
+        self._compiled = False
+
+    def handing(self) -> None:
+        """A step is about to be handed to the devices."""
+        self._handing = self._compiled
+
     def handed(self, step: int, result: jax.Array) -> None:
         """A step was handed to the devices.
 
@@ -140,11 +155,12 @@ class Watch(Membership):
         """
         if self._hang_seconds:
             self._steps.append((step, result))
+        self._compiled, self._handing = True, False
 
     def _run(self) -> None:
         since = time.monotonic()
         while not self._stop.wait(min(1.0, self._hang_seconds / 10)):
-            waiting = bool(self._steps)
+            waiting = self._handing or bool(self._steps)
             while self._steps and self._steps[0][1].is_ready():
                 self._last = self._steps.popleft()[0]
                 waiting = False
@@ -193,10 +209,14 @@ def _is_found() -> bool:
 
 def _end(error: BaseException) -> None:
     """Tells the error, and ends the process without waiting for the others."""
-    status = cli.exit_status(error)
+    of_devices = isinstance(error, jax.errors.JaxRuntimeError) or (
+        # JAX raises some of these as ValueErrors; but they are no wrong call.
+        isinstance(error, ValueError) and DEVICE_ERROR.match(str(error)) is not None
+    )
+    status = None if of_devices else cli.exit_status(error)
     if status is None:
         traceback.print_exception(error)
-    hint = "; is another process gone?" if isinstance(error, jax.errors.JaxRuntimeError) else ""
+    hint = "; is another process gone?" if of_devices else ""
     _tell(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}")
     sys.stdout.flush()
     os._exit(1 if status is None else status)

@@ -129,6 +129,7 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 out_shardings=(shardings, sharding.replicated(mesh)),
                 donate_argnums=0,
             )
+            watch.new_program()
             held_out = None
             if exam is not None:
                 parts = lesson.stage, lesson.model, lesson.loader
@@ -139,7 +140,9 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
             flops = step_flops(recipe, config, lesson.stage, lesson.spec, trained=trained).model
             batches = lesson.batches(step, ahead)
             for batch in log.batches(batches, datasets=names, step_flops=flops):
-                state, metrics = train_step(state, sharding.put(batch, rows))
+                placed = sharding.put(batch, rows)
+                watch.handing()
+                state, metrics = train_step(state, placed)
                 step += 1
                 watch.handed(step, metrics["loss"])
                 skips.follow(step, metrics.pop("verdict"), batch)
@@ -150,9 +153,8 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
                 store.check()
                 evaluate = held_out and held_out.due(step, lesson.end)
                 if evaluate and stops:
-                    cluster.say(
-                        f"the evaluation of step {step} is left out"
-                    )  # there may be no time
+                    # There may be no time.
+                    cluster.say(f"the evaluation of step {step} is left out")
                     evaluate = False
                 # A row is of one stage.
                 ends = step == lesson.end

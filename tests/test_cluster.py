@@ -36,7 +36,14 @@ SETTINGS = (
     "optimizer.epsilon=1e-3",
     "teacher.momentum=0.5",
 )
-# Shorter than it is: the test is of what follows.
+# Both wait for less than they do: the test is of what follows.
+LAUNCHER = """
+import sys
+sys.path.insert(0, "launch")
+import local
+local.LEFT_SECONDS = 10
+sys.exit(local.main(sys.argv[1:]))
+"""
 CHILD = """
 import os, sys
 from pathlib import Path
@@ -47,7 +54,7 @@ from tests.soak import tiny
 
 folder, seconds, *arguments = sys.argv[1:]
 number = os.environ[cluster.NUMBER]
-cluster.HEARTBEAT_SECONDS = 10
+cluster.HEARTBEAT_SECONDS = 6
 Path(folder, f"pid.{number}").write_text(str(os.getpid()))
 tiny.use_tiny_model(setattr)
 tiny.log_batches(setattr, Path(folder, f"ids.{number}"), float(seconds))
@@ -83,7 +90,7 @@ class Run:
         """So many processes with so many devices each; a step takes at least so long."""
         train = ["train", "--config", "configs/debug.py", "--workdir", str(self.workdir)]
         settings = [f"--config.{key}" for key in (f"data.path={self._data}", *SETTINGS)]
-        launcher = [sys.executable, "launch/local.py", "-n", str(processes)]
+        launcher = [sys.executable, "-c", LAUNCHER, "-n", str(processes)]
         launcher += ["--devices-per-process", str(devices), "--restarts", str(self._restarts)]
         child = [sys.executable, "-c", CHILD, str(self.folder), str(seconds)]
         with self._told.open("wb") as stderr:
@@ -144,10 +151,12 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory, repository: Path) 
     return Run(tmp_path_factory.mktemp("two"), data, repository).train(2)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_parameters_of_one(alone: Run, two: Run) -> None:
     assert difference(load_params(two.workdir), load_params(alone.workdir))[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_part_only(alone: Run, two: Run) -> None:
     whole, parts = alone.ids(0), [two.ids(0), two.ids(1)]
     assert whole.keys() == parts[0].keys() == parts[1].keys() == set(range(1, STEPS + 1))
@@ -164,6 +173,7 @@ def test_each_process_reads_its_part_only(alone: Run, two: Run) -> None:
     assert not first & second
 
 
+@pytest.mark.slow
 def test_only_the_first_process_tells_how_the_run_goes_on(two: Run) -> None:
     told = two.told().splitlines()
     assert any(line == "[0] 2 processes, 2 devices" for line in told)
@@ -192,7 +202,7 @@ def test_a_killed_and_a_stopped_process_leave_no_trace(
     two: Run, data: Path, repository: Path, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "disturbed", data, repository, restarts=2)
-    launcher = run.start(2, seconds=0.5)
+    launcher = run.start(2, seconds=0.3)
     seconds = []
     for number, (trouble, step) in enumerate(((signal.SIGKILL, 3), (signal.SIGSTOP, 6)), start=1):
         wait_until(partial(run.has_taken, step))
@@ -206,9 +216,10 @@ def test_a_killed_and_a_stopped_process_leave_no_trace(
     told = run.told()
     assert "local.py: process 1 was ended by SIGKILL; still running: 0" in told
     assert "local.py: killing what has not ended: process 1" in told
-    # The survivor: its connection breaks at the first, and the second is silent for too long.
-    assert "lara train: process 0 of 2: JaxRuntimeError" in told or "/task:1" in told
-    assert re.search(r"\[0\] .*service detected fatal errors.*/task:1", told)
+    # The connection to the first may break before its heartbeats are missed.
+    broken = told.count("is another process gone?")
+    assert told.count("Terminating process because the JAX distributed service") >= 2 - broken
+    assert "tasks are unhealthy (stopped sending heartbeats):\n[0] 1\n" in told
     assert told.count("[0] resuming at step ") == 2
     assert difference(load_params(run.workdir), load_params(two.workdir))[0] == 0
     for number in (0, 1):
@@ -237,20 +248,26 @@ class Step:
         return time.monotonic() > self.end
 
 with Watch(1.0, 4) as watch:
-    for step, seconds in ((5, 0.5), (6, 0.5), (7, 0.5), (8, 100)):
-        watch.handed(step, Step(seconds))
-        if step < 8:
-            time.sleep(1.5)  # between steps nothing is looked at
+    watch.new_program()
+    for step in (5, 6):
+        watch.handing()
+        time.sleep(1.5 * (step == 5))  # it is compiled
+        watch.handed(step, Step(0.5))
+        time.sleep(1.5)  # between steps nothing is looked at
+    watch.handing()
+    LAST
     time.sleep(50)
 """
 
 
-def test_a_step_that_never_ends_ends_the_process(repository: Path) -> None:
-    process = run_python(HANG, repository)
+@pytest.mark.parametrize("last", ["", "watch.handed(7, Step(100))"])
+def test_a_step_that_never_ends_ends_the_process(repository: Path, last: str) -> None:
+    """Where devices run a step while it is handed to them, and where they do so later."""
+    process = run_python(HANG.replace("LAST", last), repository)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
     line = "lara train: no step has finished for 1 s (config.train.hang_seconds); the last one was "
-    assert told.startswith(line + "step 7. This process ends;"), told
+    assert told.startswith(line + "step 6. This process ends;"), told
 
 
 SLURM = {
@@ -310,9 +327,7 @@ def test_a_cluster_that_jax_finds_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
     assert cluster.HEARTBEAT_SECONDS + cluster.CLOSING_SECONDS < 60
 
 
-def test_an_error_ends_a_process_that_others_wait_for(repository: Path) -> None:
-    """Without waiting for them, as JAX would: the other one sleeps."""
-    script = """
+FAILING = """
 import sys, time
 import jax
 from lara_jax import cluster
@@ -320,9 +335,23 @@ from lara_jax import cluster
 cluster.join()
 with cluster.Membership():
     if jax.process_index() == 1:
-        raise ValueError("wrong data")
+        raise ValueError(ERROR)
     time.sleep(100)
 """
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "hint"),
+    [
+        ("wrong data", 2, ""),
+        ("UNKNOWN: Gloo all-reduce failed: reset", 1, "; is another process gone?"),
+    ],
+)
+def test_an_error_ends_a_process_that_others_wait_for(
+    repository: Path, error: str, status: int, hint: str
+) -> None:
+    """Without waiting for them, as JAX would: the other one sleeps."""
+    script = FAILING.replace("ERROR", repr(error))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -337,5 +366,5 @@ with cluster.Membership():
     _, told = both[1].communicate(timeout=30)
     both[0].kill()
     both[0].communicate()
-    assert both[1].returncode == 2
-    assert told.endswith("lara train: process 1 of 2: ValueError: wrong data\n"), told
+    assert both[1].returncode == status
+    assert told.endswith(f"lara train: process 1 of 2: ValueError: {error}{hint}\n"), told
