@@ -19,6 +19,7 @@ VERBS = {
     "check-golden": ("lara_jax.interop.golden", "main", "compare with numbers of the reference"),
     "checkpoint": ("lara_jax.checkpoint_cli", "main", "list, verify, delete, compare checkpoints"),
     "flops": ("lara_jax.flops", "main", "count the operations of a recipe's steps"),
+    "aot": ("lara_jax.aot.cli", "main", "compile for TPUs that are not there; memory, time"),
     "data": ("data_pipelines.cli", "main", "index, examine, annotate and make data sets"),
 }
 
