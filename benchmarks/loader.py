@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -336,8 +337,9 @@ def measure_memory(results: Results, index: Index, root: Path, datasets: int, sa
     """Peak memory with one dataset and with many."""
     folders = copies(index, root, datasets)
     for count, name in ((1, "1_dataset"), (datasets, f"{datasets}_datasets")):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            held = pool.apply(loading_memory, (folders[:count], samples))
+        # A pool of this kind says so if its process dies.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            held = pool.submit(loading_memory, folders[:count], samples).result()
         results.add(f"peak_memory_gb_{name}", held["peak"])
         results.add(f"unshared_memory_gb_{name}", held["anonymous"])
         results.add(f"memory_gb_before_opening_{name}", held["before"])

@@ -141,10 +141,14 @@ def test_a_disk_that_is_full_for_another_file(
     name, method = ("CsvTable", "write") if log == "metrics.csv" else ("Board", "add")
     real = getattr(getattr(metrics, name), method)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    root = tmp_path / "run" / "checkpoints"
 
     def full(*args: Any, **options: Any) -> None:
-        if saved(tmp_path) != [2]:
+        """Once the first checkpoint is there, and before another one is begun."""
+        if not (files.steps(root) or files.cut_off(root)):
             return real(*args, **options)
+        while saved(tmp_path) != [2]:
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         try:
             return real(*args, **options)
