@@ -134,8 +134,9 @@ def test_gradients_reach_every_parameter():
     def loss(p):
         thoughts = model.apply({"params": p}, inputs, tiny.GRID)
         noise = jax.random.normal(jax.random.key(0), (2, 4, 3))
-        acted = model.apply({"params": p}, thoughts, jnp.ones((2, 5)), noise, method="act")
-        return thoughts.logits.var() + acted.var()
+        given = jnp.ones((2, 5)), noise[:, None], jnp.array([[3], [700]])
+        flow = model.apply({"params": p}, thoughts, *given, method="act_velocity")
+        return thoughts.logits.var() + flow.var()
 
     gradients = jax.jit(jax.grad(loss))(params())
     zero = {
