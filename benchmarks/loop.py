@@ -1,11 +1,12 @@
 """What a training step takes beside the jitted function: data, log, checks, everything.
 
-    python benchmarks/loop.py --json [--rounds 5] [--steps 60]
+    python benchmarks/loop.py --json [--rounds 5] [--steps 200] [--device-ms 50]
 
-`lara train` of the debug recipe's last stage on made-up data, a row a step, against the same jitted
-step over and over on one batch that lies on the device. Both take turns in one process and compile
-once. A machine without an accelerator computes the step with the cores that read the data, too:
-what is measured there is an upper bound.
+`lara train` of the debug recipe's last stage on made-up data, against the same jitted step over and
+over on one batch that lies on the device. Both take turns in one process. The networks are a few
+numbers and the step waits on the device, so that it takes as long as asked for and needs none of
+the host's cores: what an accelerator is to its host. Data, optimizer, metrics, log and loop are the
+real ones.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import synthetic_bridge
 
-from lara_jax import sharding, train
+from lara_jax import sharding, train, train_step
 from lara_jax.checkpoint import CheckpointStore
 from lara_jax.config import Recipe, load_recipe
 from lara_jax.optimizer import make_optimizer
@@ -31,6 +35,33 @@ from lara_jax.train_step import init_state, logical_axes, make_train_step
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "debug.py"
 TOGETHER = 10  # steps timed together, and between two lines of the log
+
+
+def small_params(*_: Any) -> Any:
+    """A kernel for each part of the model."""
+    kernel = nn.LogicallyPartitioned(jnp.ones((8, 8)), ("embed", "mlp"))
+    return {part: {"kernel": kernel} for part in ("vision", "text", "action_expert")}
+
+
+def small_loss(params: Any, *_: Any, **__: Any) -> tuple[jax.Array, Any]:
+    """Of these."""
+    loss = jnp.asarray(sum((leaf**2).mean() for leaf in jax.tree.leaves(params)))
+    return loss, {"loss": loss, "by_dataset": {}}
+
+
+def lasting(step: Any, seconds: float) -> Any:
+    """A training step that takes so long on the device."""
+
+    def wait(loss: Any) -> Any:
+        time.sleep(seconds)
+        return loss
+
+    def slow(state: Any, batch: Any) -> Any:
+        state, metrics = step(state, batch)
+        loss = metrics["loss"]
+        return state, metrics | {"loss": jax.pure_callback(wait, loss, loss)}
+
+    return slow
 
 
 def alone(recipe: Recipe, workdir: Path) -> Iterator[float]:
@@ -47,7 +78,7 @@ def alone(recipe: Recipe, workdir: Path) -> Iterator[float]:
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
         step = jax.jit(
-            make_train_step(lesson.model, optimizer, lesson.stage, recipe, datasets=1),
+            train.make_train_step(lesson.model, optimizer, lesson.stage, recipe, datasets=1),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -73,9 +104,12 @@ def in_loop(recipe: Recipe, workdir: Path) -> float:
     return statistics.median(1e3 * recipe.data.batch_size / rate for rate in rates)
 
 
-def run(work: Path, rounds: int, steps: int, rows: int) -> dict[str, list[float]]:
+def run(work: Path, rounds: int, steps: int, rows: int, seconds: float) -> dict[str, list[float]]:
     """All measurements, by name."""
-    jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
+    train_step.init_params, train_step.stage_loss = small_params, small_loss
+    train.make_train_step = lambda *args, **options: lasting(
+        make_train_step(*args, **options), seconds
+    )
     settings = {
         "data.path": synthetic_bridge.open_or_write(work / "data", 2),
         "data.batch_size": rows,
@@ -108,11 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="of a run")
-    parser.add_argument("--rows", type=int, default=1, help="of a batch: how long a step takes")
+    parser.add_argument("--steps", type=int, default=200, help="of a run")
+    parser.add_argument("--rows", type=int, default=16, help="of a batch")
+    parser.add_argument("--device-ms", type=float, default=50, help="that a step takes")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="lara_benchmark_") as work:
-        results = run(Path(work), arguments.rounds, arguments.steps, arguments.rows)
+        seconds = arguments.device_ms / 1e3
+        results = run(Path(work), arguments.rounds, arguments.steps, arguments.rows, seconds)
     for name, values in results.items():
         line = {
             "name": name,
