@@ -15,7 +15,6 @@ that this does not count.
 import argparse
 import contextlib
 import csv
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import synthetic_bridge
+from table import print_table
 
 from lara_jax import checkpoint_files as files
 from lara_jax import train
@@ -175,15 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         large_size(results, Path(work), arguments.gigabytes, arguments.rounds)
         if arguments.steps:
             debug_size(results, Path(work), arguments.steps, arguments.every_steps)
-    for name, values in results.items():
-        line = {
-            "name": name,
-            "value": statistics.median(values),
-            "minimum": min(values),
-            "maximum": max(values),
-        }
-        text = "{name:28} {value:>10.4g}  ({minimum:.4g} .. {maximum:.4g})".format(**line)
-        print(json.dumps(line) if arguments.json else text)
+    print_table(results, as_json=arguments.json)
     return 0
 
 

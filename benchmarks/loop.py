@@ -12,7 +12,6 @@ real ones.
 import argparse
 import contextlib
 import csv
-import json
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import synthetic_bridge
+from table import print_table
 
 from lara_jax import sharding, train, train_step
 from lara_jax.checkpoint import CheckpointStore
@@ -149,15 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="lara_benchmark_") as work:
         seconds = arguments.device_ms / 1e3
         results = run(Path(work), arguments.rounds, arguments.steps, arguments.rows, seconds)
-    for name, values in results.items():
-        line = {
-            "name": name,
-            "value": statistics.median(values),
-            "minimum": min(values),
-            "maximum": max(values),
-        }
-        text = "{name:20} {value:>8.4g}  ({minimum:.4g} .. {maximum:.4g})".format(**line)
-        print(json.dumps(line) if arguments.json else text)
+    print_table(results, as_json=arguments.json)
     return 0
 
 

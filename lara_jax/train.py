@@ -253,17 +253,12 @@ def earlier_fast_tokenizer(recipe: Recipe) -> FastTokenizer | None:
     if not assemble.has_fast(files):
         return None
     fast = assemble.fast_from_text(files)
-    shapes = (
-        (fast.action_horizon, fast.action_dim),
-        (
-            recipe.model.action_horizon,
-            recipe.model.action_dim,
-        ),
-    )
-    if shapes[0] != shapes[1]:
+    own = fast.action_horizon, fast.action_dim  # None for any
+    asked = recipe.model.action_horizon, recipe.model.action_dim
+    if any(size not in (None, want) for size, want in zip(own, asked, strict=True)):
         cluster.say(
-            f"the action tokens of {recipe.init.path} are for chunks of {shapes[0]} and not used: "
-            f"a new FAST tokenizer is fitted to chunks of {shapes[1]}"
+            f"the action tokens of {recipe.init.path} are for chunks of {own} and not used: "
+            f"a new FAST tokenizer is fitted to chunks of {asked}"
         )
         return None
     cluster.say(f"action tokens are those of {recipe.init.path}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak import tiny
+from lara_jax import train, train_step
 
 NAMES = {
     "jpeg_kilobytes_mean",
@@ -92,15 +92,18 @@ def scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loop_prints_its_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With networks that compile in a moment."""
-    tiny.use_tiny_model(monkeypatch.setattr)
+    # What the script replaces is put back.
+    for place, name in ((train_step, "init_params"), (train_step, "stage_loss")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    monkeypatch.setattr(train, "make_train_step", train.make_train_step)
     assert importlib.import_module("loop").main(["--json", "--rounds", "2", "--steps", "20"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {line["name"]: line for line in lines}
     assert set(found) == {"step_ms_alone", "step_ms_in_loop", "overhead_percent"}
     for line in lines:
         assert line["minimum"] <= line["value"] <= line["maximum"]
-    assert found["overhead_percent"]["value"] > 0  # a loop takes more than its step
+    # The step's wait on the device is the least that both can take.
+    assert min(found[name]["minimum"] for name in ("step_ms_alone", "step_ms_in_loop")) >= 50
 
 
 @pytest.mark.usefixtures("scripts")

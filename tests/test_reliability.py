@@ -57,6 +57,14 @@ def saved(tmp_path: Path) -> list[int]:
     return [step for step in files.steps(root) if not files.damage(root / str(step))]
 
 
+def wait_for_first(tmp_path: Path) -> None:
+    """Returns when the checkpoint of step 2 is written, which happens beside the training."""
+    end = time.monotonic() + 60
+    while saved(tmp_path) != [2]:
+        assert time.monotonic() < end, saved(tmp_path)
+        time.sleep(0.01)
+
+
 def told(capsys: Capture) -> list[str]:
     """Lines on standard error, without progress bars."""
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -117,8 +125,7 @@ def test_a_full_disk(
 ) -> None:
     def fill() -> None:
         """Once the first checkpoint is written, which happens beside the training."""
-        while saved(tmp_path) != [2]:
-            time.sleep(0.01)
+        wait_for_first(tmp_path)
         disk()
 
     with monkeypatch.context() as trouble:
@@ -147,8 +154,7 @@ def test_a_disk_that_is_full_for_another_file(
         """Once the first checkpoint is there, and before another one is begun."""
         if not (files.steps(root) or files.cut_off(root)):
             return real(*args, **options)
-        while saved(tmp_path) != [2]:
-            time.sleep(0.01)
+        wait_for_first(tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         try:
             return real(*args, **options)
