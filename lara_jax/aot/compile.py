@@ -30,7 +30,7 @@ from lara_jax.aot.hlo import parse
 from lara_jax.aot.roofline import Estimate, Sent, estimate, sent
 from lara_jax.config import Recipe
 from lara_jax.flops import Flops, peak_flops, policy_flops, step_flops
-from lara_jax.inference.policy import _act
+from lara_jax.inference.policy import act
 from lara_jax.optimizer import make_optimizer, trained_paths
 from lara_jax.outline import Outline, outlines, state_outline
 from lara_jax.train import state_shardings
@@ -238,12 +238,17 @@ def set_environment(topology: Topology, slices: int) -> str:
       the compiler's flags.
 
     Raises:
-      ValueError: libtpu is not installed.
+      ValueError: libtpu is not installed, or the package is not in a checkout.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "this environment has no libtpu, which compiles for TPUs; make one beside it with "
             f"`{ENVIRONMENT}` and call .venv-tpu/bin/lara"
+        )
+    if not FLAGS.is_file():
+        raise ValueError(
+            f"the compiler's flags are in {FLAGS}, which is not there: install the package from a "
+            "checkout (pip install -e .)"
         )
     command = ["bash", str(FLAGS), topology.platform, str(slices)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -331,7 +336,7 @@ def _lower_policy(recipe: Recipe, outline: Outline, mesh: Mesh) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (params, batch, key)
     )
     settings = outline.model, assemble.image_config(recipe), recipe.augment
-    return _act.trace(*settings, *shapes).lower(lowering_platforms=("tpu",))
+    return act.trace(*settings, *shapes).lower(lowering_platforms=("tpu",))
 
 
 def _compile(lowered: Any) -> tuple[Any, Memory]:

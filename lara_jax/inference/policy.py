@@ -132,7 +132,7 @@ class Policy:
         model = LaraVLA(
             assemble.model_config(self._recipe, self._tokenizer, latent_slots=self.latent_slots)
         )
-        chunks = _act(model, self._images, self._recipe.augment, self._params, batch, key)
+        chunks = act(model, self._images, self._recipe.augment, self._params, batch, key)
         return self._action.unnormalize(np.asarray(chunks)[..., : len(self._action.modes)])
 
     def _batch(self, observations: Sequence[Observation]) -> Batch:
@@ -219,7 +219,7 @@ def _normalizers(info: RunInfo, dataset: str | None) -> tuple[Normalizer, Normal
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _act(
+def act(
     model: LaraVLA,
     images: ImageConfig,
     augmentation: AugmentConfig,
