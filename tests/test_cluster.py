@@ -121,9 +121,10 @@ class Run:
         return [[int(x) for x in line.split()] for line in lines]
 
     def has_taken(self, step: int) -> bool:
-        """Whether process 1 has the batch of a step, and an earlier one was saved."""
+        """Whether process 1 has the batch of a step, and one of the two saves before is there."""
         there = (self.folder / "ids.1").is_file()
-        return there and max(self.ids(1), default=0) >= step and self.newest() >= step - 2 * EVERY
+        saved = max(EVERY, step - 2 * EVERY)
+        return there and max(self.ids(1), default=0) >= step and self.newest() >= saved
 
     def has_told(self, pattern: str, times: int) -> bool:
         return len(re.findall(pattern, self.told())) >= times
@@ -178,7 +179,8 @@ def test_only_the_first_process_tells_how_the_run_goes_on(two: Run) -> None:
     told = two.told().splitlines()
     assert any(line == "[0] 2 processes, 2 devices" for line in told)
     assert any("[0] starting from random parameters" in line for line in told)
-    assert not [line for line in told if line.startswith("[1] ")]
+    # Libraries warn wherever something is slow: that is not of the run.
+    assert not [line for line in told if line.startswith("[1] ") and "WARNING:" not in line]
 
 
 @pytest.mark.slow
@@ -205,6 +207,7 @@ def test_a_killed_and_a_stopped_process_leave_no_trace(
     launcher = run.start(2, seconds=0.3)
     seconds = []
     for number, (trouble, step) in enumerate(((signal.SIGKILL, 3), (signal.SIGSTOP, 6)), start=1):
+        wait_until(partial(run.has_told, r"\[0\] resuming at step ", number - 1))
         wait_until(partial(run.has_taken, step))
         os.kill(run.pid(1), trouble)
         start = time.monotonic()
