@@ -2,11 +2,16 @@
 
     python benchmarks/loop.py --json [--rounds 5] [--steps 200] [--device-ms 50]
 
+    idle_percent       of the loop's time, in which the device waits for the host
+    overhead_percent   that a step takes longer in the loop than alone: also what the host's work
+                       takes from the cores that the device is made of
+
 `lara train` of the debug recipe's last stage on made-up data, against the same jitted step over and
 over on one batch that lies on the device. Both take turns in one process. The networks are a few
-numbers and the step waits on the device, so that it takes as long as asked for and needs none of
-the host's cores: what an accelerator is to its host. Data, optimizer, metrics, log and loop are the
-real ones.
+numbers; a loop on the device makes the step last as long as asked for. It takes one core, and the
+runtime returns while it runs, as with an accelerator: so this needs two cores, and what the host
+does beside a step counts only where the next step waits for it. Data, optimizer, metrics, log and
+loop are the real ones.
 """
 
 import argparse
@@ -17,9 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -27,7 +34,7 @@ import jax.numpy as jnp
 import synthetic_bridge
 from table import print_table
 
-from lara_jax import sharding, train, train_step
+from lara_jax import cluster, sharding, train, train_step
 from lara_jax.checkpoint import CheckpointStore
 from lara_jax.config import Recipe, load_recipe
 from lara_jax.optimizer import make_optimizer
@@ -49,19 +56,67 @@ def small_loss(params: Any, *_: Any, **__: Any) -> tuple[jax.Array, Any]:
     return loss, {"loss": loss, "by_dataset": {}}
 
 
-def lasting(step: Any, seconds: float) -> Any:
-    """A training step that takes so long on the device."""
+def spin(value: jax.Array, turns: jax.Array) -> jax.Array:
+    """The value, after so many turns of a loop on one core of the device."""
+    return jax.lax.fori_loop(0, turns, lambda _, x: jnp.sin(x) + value, value)
 
-    def wait(loss: Any) -> Any:
-        time.sleep(seconds)
-        return loss
+
+def turns_for(seconds: float) -> int:
+    """Turns of `spin` that last so long here."""
+    turns, spun = 1000, jax.jit(spin)
+    value = jnp.float32(1)
+    spun(value, turns).block_until_ready()
+    while True:
+        start = time.perf_counter()
+        spun(value, turns).block_until_ready()
+        taken = time.perf_counter() - start
+        if taken > seconds / 2:
+            return round(turns * seconds / taken)
+        turns *= 2
+
+
+def lasting(step: Any, turns: int) -> Any:
+    """A training step that spins so many turns."""
 
     def slow(state: Any, batch: Any) -> Any:
         state, metrics = step(state, batch)
         loss = metrics["loss"]
-        return state, metrics | {"loss": jax.pure_callback(wait, loss, loss)}
+        spun = spin(loss, jnp.int32(turns))
+        # The loss, in a way that needs the loop's end.
+        return state, metrics | {"loss": jnp.where(jnp.isnan(spun), spun, loss)}
 
     return slow
+
+
+class Idle(cluster.Watch):
+    """When the device had nothing to do, as seen by a thread that waits for each step."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._waiter = ThreadPoolExecutor(1)
+        self._begun: list[float] = []
+        self._done: list[Future[float]] = []
+
+    def handing(self) -> None:
+        """As of `Watch`."""
+        self._begun.append(time.perf_counter())
+        super().handing()
+
+    def handed(self, step: int, result: jax.Array) -> None:
+        """As of `Watch`."""
+        super().handed(step, result)
+        self._done.append(self._waiter.submit(_when_ready, result))
+
+    def percent(self) -> float:
+        """Of the time from the end of the second step on; the first one was compiled."""
+        done = [future.result() for future in self._done][1:]
+        gaps = [max(0.0, begun - end) for begun, end in zip(self._begun[2:], done, strict=False)]
+        return 100 * sum(gaps) / (done[-1] - done[0])
+
+
+def _when_ready(result: jax.Array) -> float:
+    result.block_until_ready()
+    return time.perf_counter()
 
 
 def alone(recipe: Recipe, workdir: Path) -> Iterator[float]:
@@ -96,19 +151,28 @@ def alone(recipe: Recipe, workdir: Path) -> Iterator[float]:
         yield 1e3 * (time.perf_counter() - start) / TOGETHER
 
 
-def in_loop(recipe: Recipe, workdir: Path) -> float:
-    """Milliseconds of a step of a new run: the median of its log's lines but the first."""
-    train.train(recipe, workdir)
+def in_loop(recipe: Recipe, workdir: Path) -> tuple[float, float]:
+    """Of a new run: milliseconds of a step, the median of its log's lines but the first; idle %."""
+    watches: list[Idle] = []
+
+    def watch(*args: Any) -> Idle:
+        watches.append(Idle(*args))
+        return watches[-1]
+
+    with mock.patch.object(cluster, "Watch", watch):
+        train.train(recipe, workdir)
     with (workdir / "metrics.csv").open(encoding="utf-8") as stream:
         rates = [float(row["samples_per_second"]) for row in csv.DictReader(stream)][1:]
-    return statistics.median(1e3 * recipe.data.batch_size / rate for rate in rates)
+    step = statistics.median(1e3 * recipe.data.batch_size / rate for rate in rates)
+    return step, watches[0].percent()
 
 
 def run(work: Path, rounds: int, steps: int, rows: int, seconds: float) -> dict[str, list[float]]:
     """All measurements, by name."""
     train_step.init_params, train_step.stage_loss = small_params, small_loss
+    turns = turns_for(seconds)
     train.make_train_step = lambda *args, **options: lasting(
-        make_train_step(*args, **options), seconds
+        make_train_step(*args, **options), turns
     )
     settings = {
         "data.path": synthetic_bridge.open_or_write(work / "data", 2),
@@ -124,15 +188,15 @@ def run(work: Path, rounds: int, steps: int, rows: int, seconds: float) -> dict[
         "step_ms_alone": [],
         "step_ms_in_loop": [],
         "overhead_percent": [],
+        "idle_percent": [],
     }
     for number in range(rounds):
         before = [next(step) for _ in range(steps // TOGETHER // 2)]
-        loop = in_loop(recipe, work / f"run_{number}")
+        loop, idle = in_loop(recipe, work / f"run_{number}")
         after = [next(step) for _ in range(steps // TOGETHER // 2)]
         bare = statistics.median(before + after)
-        for values, value in zip(
-            results.values(), (bare, loop, 100 * (loop / bare - 1)), strict=True
-        ):
+        found = bare, loop, 100 * (loop / bare - 1), idle
+        for values, value in zip(results.values(), found, strict=True):
             values.append(value)
     return results
 
