@@ -127,6 +127,9 @@ class HeldOut:
       source: the held-out steps.
       state_shardings: where parameters and teacher live, a `TrainState`.
       workdir: the run's directory; samples for `lara report` go to its folder `eval`.
+
+    Raises:
+      ValueError: a dataset has no held-out step.
     """
 
     def __init__(
@@ -142,6 +145,13 @@ class HeldOut:
         self._recipe, self._folder = recipe, workdir / "eval" / stage.name
         self._key = jax.random.fold_in(jax.random.key(recipe.seed), KEY)
         self._keep = files_to_keep(recipe.eval.every_steps, recipe.checkpoint.every_steps)
+        for one in source.sources:
+            if not len(one):
+                raise ValueError(
+                    f"{one.name}: no step of {recipe.data.eval_split!r} is left to evaluate, "
+                    f"{one.filtered_rows} being left out by {', '.join(one.filters) or 'no filter'}"
+                    "; choose another data.eval_split, or eval.every_steps=0 for no evaluation"
+                )
         # As many rows as a step has in memory at a time.
         size = recipe.data.batch_size // recipe.train.accumulate_steps
         self._source = source
@@ -217,18 +227,13 @@ def spread(steps: int, batches: int, size: int) -> Iterator[tuple[np.ndarray, in
     """Which steps of a dataset are looked at: evenly spread, in an order that mixes them.
 
     Args:
-      steps: of the dataset.
+      steps: of the dataset, at least one.
       batches: at most so many.
       size: of a batch.
 
     Yields:
       int64[size] numbers, and how many of them count: the last batch is filled up.
-
-    Raises:
-      ValueError: there is no step.
     """
-    if not steps:
-        raise ValueError("a held-out split has no step: choose another data.eval_split")
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, batches * size)).round().astype(int))
     chosen = np.random.default_rng(0).permutation(chosen)
     for start in range(0, len(chosen), size):

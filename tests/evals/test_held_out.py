@@ -16,7 +16,8 @@ from lara_jax.evals import held_out, run_report
 from lara_jax.evals.held_out import Latents, action_scores, latent_scores, loss_scores, spread
 from lara_jax.evals.report import sample_files
 from lara_jax.losses import Sum
-from tests.data_pipelines.handmade import write_tabletop
+from tests.data_pipelines.handmade import tabletop_record, write_tabletop
+from tests.soak import tiny
 
 
 @pytest.mark.parametrize(("steps", "batches", "size"), [(100, 2, 4), (5, 3, 4), (3, 1, 4)])
@@ -37,9 +38,21 @@ def test_the_first_rows_are_spread_too() -> None:
     assert numbers.min() < 200 and numbers.max() > 800
 
 
-def test_a_split_without_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.eval_split"):
-        next(spread(0, 1, 4))
+def test_a_split_without_steps_is_refused_before_anything_is_trained(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.use_tiny_model(monkeypatch.setattr)
+    records = [tabletop_record(seed, 5) for seed in range(3)]
+    records[-1]["steps/language_instruction"] = [b""] * 5
+    data = write_tabletop(tmp_path / "data" / "lara_tabletop", records)
+    settings = [
+        f"data.path={data}", "data.filters=no_language", "data.split=train[:-1]",
+        "data.eval_split=train[-1:]", "data.batch_size=4", "train.steps=2", "train.stages=action",
+        "eval.every_steps=1",
+    ]  # fmt: skip
+    recipe = load_recipe(repository / "configs/debug.py", settings)
+    with pytest.raises(ValueError, match=r"is left to evaluate, 5 being left out by no_lang"):
+        train.train(recipe, tmp_path / "run")
 
 
 def test_a_loss_that_counts_nothing_is_left_out() -> None:
