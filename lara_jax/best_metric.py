@@ -68,6 +68,11 @@ def _trained(recipe: Recipe) -> list[str]:
 def _evaluated(recipe: Recipe) -> list[str]:
     """Names of what held-out evaluation can find, as checkpoints have them."""
     names = [name for name in _trained(recipe) if name.startswith("loss_")]
+    stages = [stage for stage, _, _ in spans(recipe.stages, recipe.train.steps)]
+    if any(stage.token_weight and 1 <= stage.reasoning_stage <= 3 for stage in stages):
+        names.append("text_token_right")
+    if any(stage.discrete_actions for stage in stages):
+        names.append("action_token_right")
     if "loss_action" in names:
         names += [prefix + name for prefix in ("", "mean_action_") for name in ACTION_SCORES]
     if recipe.model.latent_slots:

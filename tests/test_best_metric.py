@@ -30,6 +30,8 @@ def check(repository: Path, name: str, *overrides: str) -> None:
         ("eval_mean_action_action_error", EVALUATED),
         ("eval_slot_rank", EVALUATED),
         ("eval_imagined_right", EVALUATED),
+        ("eval_text_token_right", EVALUATED),
+        ("eval_action_token_right", EVALUATED),
     ],
 )
 def test_what_a_run_has(repository: Path, name: str, overrides: tuple[str, ...]) -> None:
@@ -46,6 +48,8 @@ def test_what_a_run_has(repository: Path, name: str, overrides: tuple[str, ...])
         ("eval_slot_drift", EVALUATED, "not the same in all processes"),
         ("eval_position_m", ("eval.every_steps=0",), r"need config\.eval\.every_steps"),
         ("eval_position_m", ("train.stages=latent_1", *EVALUATED), "eval_loss_token"),
+        ("eval_text_token_right", ("train.stages=latent_3", *EVALUATED), "eval_action_token_right"),
+        ("eval_action_token_right", ("train.stages=action", *EVALUATED), "eval_loss_action"),
         (
             "eval_imagined_rank",
             ("model.img_next_tokens=0", "train.stages=action", *EVALUATED),

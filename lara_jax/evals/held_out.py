@@ -8,11 +8,13 @@ It reads the parameters and nothing else of the training: its frames come throug
 own, its random numbers from a key of its own that no step moves. Prompts are those of training, so
 where a stage spells reasoning out, the annotated words stand before what is predicted.
 
-Metrics: `loss_<name>`; `position_m`, `rotation_rad`, `gripper_accuracy` of sampled chunks (other
-action spaces: `action_error` in the data's units), the same with `mean_action_` in front for a
-policy that always says the training set's mean; `slot_rank`, `slot_cosine`, `slot_drift`,
-`imagined_rank`, and `imagined_right`, the share of rows whose imagined frame is nearer to their own
-next frame than to any other row's (`lara_jax.evals.latents`).
+Metrics: `loss_<name>`; `text_token_right` and `action_token_right`, the share of those tokens that
+are the likeliest ones after the true ones before them; `position_m`, `rotation_rad`,
+`gripper_accuracy` of sampled chunks (other action spaces: `action_error` in the data's units), the
+same with `mean_action_` in front for a policy that always says the training set's mean;
+`slot_rank`, `slot_cosine`, `slot_drift`, `imagined_rank`, and `imagined_right`, the share of rows
+whose imagined frame is nearer to their own next frame than to any other row's
+(`lara_jax.evals.latents`).
 
 Letters: B batch, N rows, K slots, Q <img_next> tokens, D width, C action chunk, A action.
 """
@@ -59,7 +61,7 @@ class Answers:
     """What the model makes of a batch.
 
     Attributes:
-      sums: each loss of the stage, by row.
+      sums: each loss of the stage, and how many tokens are right, by row.
       chunks: float32[B, C, A], sampled and normalised; None where the stage does not act.
       latents: `Latents` of the rows.
     """
@@ -99,7 +101,10 @@ def make_eval_step(model: LaraVLA, stage: Stage, recipe: Recipe) -> Any:
             next_images=evaluation_crop(batch.next_images, recipe.augment),
         )
         draws = flow_draws(flow_key, batch, model.config.expert.noise_draws)
-        thoughts, sums = loss_sums(params, teacher, batch, draws, None, model, stage, recipe)
+        thoughts, lost = loss_sums(params, teacher, batch, draws, None, model, stage, recipe)
+        sums = {f"loss_{name}": each for name, each in lost.items()}
+        if stage.token_weight:
+            sums |= right_tokens(thoughts.logits, batch, model.config.action_ids)
         chunks = imagined = seen = None
         if stage.action_weight:
             noise = jax.random.normal(act_key, batch.actions.shape)
@@ -182,7 +187,7 @@ class HeldOut:
         for number, source in enumerate(self._source.sources):
             folder = self._folder / source.name
             numbers, answers = self._answers(number, state)
-            found = loss_scores(answers.sums)
+            found = means(answers.sums)
             samples: dict[str, np.ndarray] = {"numbers": numbers[:ROWS]}
             if answers.chunks is not None:
                 normalizer, _ = self._loader.normalizers[source.name]
@@ -241,12 +246,29 @@ def spread(steps: int, batches: int, size: int) -> Iterator[tuple[np.ndarray, in
         yield np.pad(part, (0, size - len(part)), mode="edge"), len(part)
 
 
-def loss_scores(sums: Mapping[str, losses.Sum]) -> dict[str, float]:
-    """The mean of each loss; none of one that counts nothing."""
+def right_tokens(
+    logits: jax.Array, batch: Batch, action_ids: tuple[int, int]
+) -> dict[str, losses.Sum]:
+    """How many of the tokens that carry a loss are the likeliest ones.
+
+    Args:
+      logits: float32[B, S, V]; logits[:, i] predicts the batch's suffix_ids[:, i].
+      batch: with the true tokens.
+      action_ids: the first discrete action token, and one past the last.
+    """
+    right = logits.argmax(axis=-1) == batch.suffix_ids
+    is_action = (batch.suffix_ids >= action_ids[0]) & (batch.suffix_ids < action_ids[1])
+    kinds = {"text": batch.loss_mask & ~is_action, "action": batch.loss_mask & is_action}
     return {
-        f"loss_{name}": float(s.totals.sum() / s.counts.sum())
-        for name, s in sums.items()
-        if s.counts.sum()
+        f"{kind}_token_right": losses.Sum((right & mask).sum(axis=1), mask.sum(axis=1))
+        for kind, mask in kinds.items()
+    }
+
+
+def means(sums: Mapping[str, losses.Sum]) -> dict[str, float]:
+    """The mean of each; none of what counts nothing."""
+    return {
+        name: float(s.totals.sum() / s.counts.sum()) for name, s in sums.items() if s.counts.sum()
     }
 
 

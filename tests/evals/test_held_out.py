@@ -3,9 +3,11 @@
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,14 @@ from lara_jax import checkpoint, train
 from lara_jax.checkpoint import load_params
 from lara_jax.config import load_recipe
 from lara_jax.evals import held_out, run_report
-from lara_jax.evals.held_out import Latents, action_scores, latent_scores, loss_scores, spread
+from lara_jax.evals.held_out import (
+    Latents,
+    action_scores,
+    latent_scores,
+    means,
+    right_tokens,
+    spread,
+)
 from lara_jax.evals.report import sample_files
 from lara_jax.losses import Sum
 from tests.data_pipelines.handmade import tabletop_record, write_tabletop
@@ -57,10 +66,22 @@ def test_a_split_without_steps_is_refused_before_anything_is_trained(
 
 def test_a_loss_that_counts_nothing_is_left_out() -> None:
     sums = {
-        "token": Sum(np.array([3.0, 1.0]), np.array([2, 2])),
-        "visual": Sum(np.zeros(2), np.zeros(2)),
+        "loss_token": Sum(np.array([3.0, 1.0]), np.array([2, 2])),
+        "loss_visual": Sum(np.zeros(2), np.zeros(2)),
     }
-    assert loss_scores(sums) == {"loss_token": 1.0}
+    assert means(sums) == {"loss_token": 1.0}
+
+
+def test_right_tokens_are_counted_by_kind() -> None:
+    ids = jnp.array([[1, 6, 7, 3], [2, 5, 0, 0]])
+    said = jnp.array([[1, 6, 5, 3], [1, 5, 0, 0]])
+    counts = jnp.array([[False, True, True, True], [True, True, False, False]])
+    batch: Any = SimpleNamespace(suffix_ids=ids, loss_mask=counts)
+    found = right_tokens(jax.nn.one_hot(said, 8), batch, (5, 8))
+    text, action = found["text_token_right"], found["action_token_right"]
+    assert text.totals.tolist() == [1, 0] and text.counts.tolist() == [1, 1]
+    assert action.totals.tolist() == [1, 1] and action.counts.tolist() == [2, 1]
+    assert means(found) == {"text_token_right": 0.5, "action_token_right": pytest.approx(2 / 3)}
 
 
 def test_action_errors_are_physical_and_beside_the_mean_action() -> None:
