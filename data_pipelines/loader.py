@@ -145,13 +145,6 @@ class Loader:
                     f"the model's state_dim is {self.state_dim}"
                 )
 
-    @property
-    def host_rows(self) -> slice:
-        """This host's rows of a batch."""
-        number, hosts = self.host
-        size = self.batch_size // hosts
-        return slice(number * size, (number + 1) * size)
-
     def position(self, step: int) -> Position:
         """Where the stream stands after `step` batches."""
         return Position(samples=step * self.batch_size, fingerprint=self.source.fingerprint)

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lara_jax.models.layers import Dense
 from lara_jax.optimizer_config import LoraConfig
 from lara_jax.param_tree import check_patterns, flat, matches, nested, overlay
 from lara_jax.sharding import gather
@@ -100,7 +101,7 @@ def _add_path(
     """The output of a module's method; of an adapted dense layer, with the factors' path."""
     out = layer(*args, **kwargs)
     module = context.module
-    if not (isinstance(module, nn.DenseGeneral) and module.has_variable(LORA, "kernel")):
+    if not (isinstance(module, Dense) and module.has_variable(LORA, "kernel")):
         return out
     factors = module.get_variable(LORA, "kernel")
     a, b = (gather(factors[name], *[None] * factors[name].ndim) for name in "ab")

@@ -103,7 +103,7 @@ def train(recipe: Recipe, workdir: Path) -> TrainState:
         store = stack.enter_context(contextlib.closing(CheckpointStore(workdir, recipe.checkpoint)))
         store.set_damaged_aside(recipe.checkpoint.on_damage)
         info, source = open_data(recipe, workdir, store)
-        lessons = make_lessons(recipe, info, source)
+        lessons = make_lessons(recipe, info, source, host=sharding.reader(mesh))
         exam = open_mixture(recipe, recipe.data.eval_split) if recipe.eval.every_steps else None
 
         model, optimizer = lessons[0].model, make_optimizer(recipe)
@@ -291,13 +291,21 @@ def _refuse_another_model(
             )
 
 
-def make_lessons(recipe: Recipe, info: RunInfo, source: MixtureSource) -> list[Lesson]:
-    """The stages in order, each with its model, its data and the shapes of its batches."""
+def make_lessons(
+    recipe: Recipe, info: RunInfo, source: MixtureSource, *, host: tuple[int, int] = (0, 1)
+) -> list[Lesson]:
+    """The stages in order, each with its model, its data and the shapes of its batches.
+
+    Args:
+      recipe: the run's settings.
+      info: statistics and tokenizers.
+      source: of the samples.
+      host: which part of each batch is read here, of how many.
+    """
     tokenizer = assemble.tokenizer_from_text(info.tokenizer)
     statistics = statistics_from_dict(info.statistics)
     alike = source.sources[0]
     frames: dict[str, Any] = {"views": len(alike.views), "image_size": alike.size}
-    host = (jax.process_index(), jax.process_count())
     action_tokens = None
     if any(stage.discrete_actions for stage in recipe.stages):
         fast = assemble.fast_from_text(info.tokenizer)

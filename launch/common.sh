@@ -4,7 +4,11 @@
 # `run COMMAND...` runs a command, or with dry_run=1 prints it, quoted so that it can be pasted into a shell. Everything
 # a launcher does to a cluster goes through it.
 
+# `read_command "$@"` reads COMMAND [NAME] at the head of a launcher's arguments.
+
 dry_run=0
+COMMANDS=() # of the launcher
+NAMELESS=() # those of them that take no NAME
 
 fail() { # message...: one line on standard error, status 2
   echo "${0##*/}: $*" >&2
@@ -59,6 +63,24 @@ usage() { # script: the comment at its head
 allowed() { # option, commands of the launcher that take it...
   local option=$1
   shift
-  # shellcheck disable=SC2154  # the launcher's
   [[ " $* " == *" $command "* ]] || fail "$option does not belong to $command, but to: $*"
+}
+
+# The launcher's arguments: sets `command`, `name`, and `arguments` to the rest.
+read_command() {
+  if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
+    usage "$0"
+    exit $(($# == 0 ? 2 : 0))
+  fi
+  command=$1 name=''
+  shift
+  one_of COMMAND "$command" "${COMMANDS[@]}"
+  if [[ " ${NAMELESS[*]} " != *" $command "* ]]; then
+    name=${1:-}
+    matches NAME "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
+      "lower-case letters, digits and dashes, at most 40, a letter first"
+    shift
+  fi
+  # shellcheck disable=SC2034  # read by the launcher
+  arguments=("$@")
 }

@@ -24,20 +24,10 @@ source "$root/launch/common.sh"
 source "$root/launch/xla_flags.sh"
 
 COMMANDS=(cluster run status logs delete)
+NAMELESS=(cluster)
 
-if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-  usage "$0"
-  exit $(($# == 0 ? 2 : 0))
-fi
-command=$1
-shift
-one_of COMMAND "$command" "${COMMANDS[@]}"
-if [ "$command" != cluster ]; then
-  name=${1:-}
-  matches NAME "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
-    "lower-case letters, digits and dashes, at most 40, a letter first"
-  shift
-fi
+read_command "$@"
+set -- "${arguments[@]}"
 
 cluster='' tpu='' slices=1 image='' restarts=50 capacity=() place=() follow=() rest=()
 while [ $# -gt 0 ]; do

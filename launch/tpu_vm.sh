@@ -35,17 +35,8 @@ COMMANDS=(create status sync run logs workers stop delete)
 UV=https://astral.sh/uv/0.13.9/install.sh # the images' own Python is too old
 PYTHON=3.11
 
-if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-  usage "$0"
-  exit $(($# == 0 ? 2 : 0))
-fi
-command=$1
-shift
-one_of COMMAND "$command" "${COMMANDS[@]}"
-name=${1:-}
-matches NAME "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
-  "lower-case letters, digits and dashes, at most 40, a letter first"
-shift
+read_command "$@"
+set -- "${arguments[@]}"
 
 accelerator='' topology='' type='' image='' slices=1 capacity=() place=() reach=()
 revision='' requirement='' follow=() node=0 worker=0 rest=()

@@ -130,15 +130,20 @@ def test_another_mesh_goes_on_with_the_same_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "devices"),
+    # Each with its own rows; and both with all of them, since `tensor` goes over both.
+    [("2x4x1", 4), ("1x1x4", 2)],
+)
 def test_two_processes_go_on_with_what_one_saved(
-    undisturbed: Path, data: Path, repository: Path, tmp_path: Path
+    undisturbed: Path, data: Path, repository: Path, tmp_path: Path, mesh: str, devices: int
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     workdir = halfway(undisturbed, tmp_path / "two")
-    run = [arguments(workdir, "2x4x1")]
-    both = [Training(repository, data, 4, run, address, number) for number in (0, 1)]
+    run = [arguments(workdir, mesh)]
+    both = [Training(repository, data, devices, run, address, number) for number in (0, 1)]
     told = [process.check() for process in both]
     assert ["resuming at step 3 " in lines for lines in told] == [True, False]  # one speaks
     np.testing.assert_allclose(losses(workdir), losses(undisturbed), rtol=1e-5)

@@ -1,13 +1,16 @@
 """Names to mesh axes, and that a mesh's shape changes nothing."""
 
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lara_jax import sharding
 from lara_jax.sharding import RULES, constrain, gather, make_mesh, partition_spec
@@ -63,6 +66,96 @@ def test_every_rule_uses_axes_of_the_mesh() -> None:
 def test_impossible_meshes_are_refused(shape: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_mesh(*shape, devices=jax.devices()[:1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device of a cluster that is not there; its place in the slice is that of its id."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    sides: tuple[int, int] = (4, 4)
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return (*np.unravel_index(self.id % math.prod(self.sides), self.sides), 0)
+
+
+def tpus(slices: int) -> list[Device]:
+    """Slices of 4 x 4 chips, a host having 2 x 2; listed one chip of each slice at a time."""
+    return [
+        Device(
+            id=16 * number + 4 * x + y,
+            process_index=4 * number + x // 2 * 2 + y // 2,
+            slice_index=number,
+            platform="tpu",
+        )
+        for x in range(4)
+        for y in range(4)
+        for number in range(slices)
+    ]
+
+
+def field(mesh: Mesh, name: str) -> np.ndarray:
+    return np.vectorize(lambda device: getattr(device, name))(mesh.devices)
+
+
+@pytest.mark.parametrize("sizes", [(2, -1, 2), (-1, 8, 2), (4, 2, -1), (2, 16, 1)])
+def test_data_goes_over_the_slices(sizes: tuple[int, int, int]) -> None:
+    mesh = make_mesh(*sizes, devices=tpus(2))
+    slices = field(mesh, "slice_index")
+    assert all(known in (-1, size) for known, size in zip(sizes, slices.shape, strict=True))
+    half = len(slices) // 2
+    assert (slices[:half] == 0).all()
+    assert (slices[half:] == 1).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (-1, 32, 1), (3, -1, 1)])
+def test_what_crosses_slices_other_than_data_is_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"of the 2 slices|does not match 32 devices"):
+        make_mesh(*sizes, devices=tpus(2))
+    with pytest.raises(ValueError, match=r"config.mesh.data is 2, .* multiple of the 3 slices"):
+        make_mesh(2, -1, 1, devices=tpus(3))
+
+
+def test_tensor_and_fsdp_stay_within_a_host_of_gpus() -> None:
+    """XLA numbers GPUs by host, but JAX may list them otherwise; each host is a slice to it."""
+    gpus = [Device(id=i, process_index=i // 4, slice_index=i // 4) for i in range(16)]
+    mesh = make_mesh(1, -1, 2, devices=gpus[::-1])
+    assert field(mesh, "id").ravel().tolist() == list(range(16))
+    hosts = field(make_mesh(4, 2, 2, devices=gpus), "process_index")
+    assert all(len(set(row.ravel())) == 1 for row in hosts)
+
+
+def test_tensor_stays_within_a_host_of_tpus() -> None:
+    hosts = field(make_mesh(1, 8, 2, devices=tpus(1)), "process_index")
+    assert all(len(set(pair)) == 1 for pair in hosts.reshape(-1, 2))
+
+
+def test_rows_are_read_where_they_are() -> None:
+    """Hosts of 2 x 2 chips in a slice of 4 x 4: what one holds does not lie together."""
+    mesh = make_mesh(1, 16, 1, devices=tpus(1))
+    held = [sharding.local_rows(mesh, 32, process) for process in range(4)]
+    hosts = np.repeat(field(mesh, "process_index").ravel(), 2)
+    assert (np.diff(hosts) != 0).sum() > 3
+    for process, rows in enumerate(held):
+        assert rows.tolist() == np.flatnonzero(hosts == process).tolist()
+    parts = [sharding.reader(mesh, process) for process in range(4)]
+    assert sorted(parts) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_processes_that_share_rows_read_the_same() -> None:
+    gpus = [Device(id=i, process_index=i // 2) for i in range(8)]
+    mesh = make_mesh(1, 2, 4, devices=gpus)
+    assert [sharding.reader(mesh, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert sharding.local_rows(mesh, 8, 3).tolist() == [4, 5, 6, 7]
+    uneven = [Device(id=i, process_index=i // 3) for i in range(6)]
+    with pytest.raises(ValueError, match="tensor=2 makes processes hold parts of each other"):
+        sharding.reader(make_mesh(1, 3, 2, devices=uneven), 0)
 
 
 def test_trees_name_the_leaf_that_is_wrong() -> None:

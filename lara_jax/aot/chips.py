@@ -4,9 +4,11 @@ A JAX device is a chip on v5e, v5p and v6e (v5p's two cores work as one), and ha
 Rates of matrix products are in `lara_jax.flops`.
 
 Sources: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture". They give the
-links' bandwidth in both directions together; the half of it leaves a chip. v5e and v6e give a
-host's network cards (2 x 100 Gbit/s, 4 x 200 Gbit/s) for 8 chips, v5p and TPU7x the gigabits a
-chip.
+links' bandwidth in both directions together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s a chip);
+the half of it leaves a chip. v5e and v6e give a host's network cards (2 x 100 Gbit/s,
+4 x 200 Gbit/s) for 8 chips, which agrees with a pod's 6.4 and 25.6 Tbit/s for 256; v5p and TPU7x
+the gigabits a chip, 50 and 100. The page of v6e rounds both bandwidths of memory, to 800 and 1600.
+What a program is granted is what libtpu's errors say ("exceeds available HBM (15.75G)").
 """
 
 import math
@@ -45,24 +47,29 @@ class Chip:
 
     Attributes:
       hbm_bytes: main memory.
+      granted_bytes: of it, or of what is really there, what the compiler lets a program have.
       hbm_bytes_per_second: its bandwidth.
       ici_bytes_per_second: what leaves the device over all links to its neighbours together.
       dcn_bytes_per_second: its share of the host's network to other slices.
       sides: of slices, by number of chips.
       cores: that a slice's short name counts for one chip ("v5p-64" has 32 chips).
+      devices: of one chip.
     """
 
     hbm_bytes: float
+    granted_bytes: float
     hbm_bytes_per_second: float
     ici_bytes_per_second: float
     dcn_bytes_per_second: float
     sides: dict[int, str]
     cores: int = 1
+    devices: int = 1
 
 
 CHIPS = {
     "v5e": Chip(
         hbm_bytes=16 * GIB,
+        granted_bytes=15.75 * GIB,
         hbm_bytes_per_second=819e9,
         ici_bytes_per_second=200e9,
         dcn_bytes_per_second=2 * 100e9 / 8 / 8,
@@ -70,6 +77,7 @@ CHIPS = {
     ),
     "v5p": Chip(
         hbm_bytes=95 * GIB,
+        granted_bytes=95.74 * GIB,
         hbm_bytes_per_second=2765e9,
         ici_bytes_per_second=600e9,
         dcn_bytes_per_second=50e9 / 8,
@@ -78,6 +86,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         hbm_bytes=32 * GIB,
+        granted_bytes=31.25 * GIB,
         hbm_bytes_per_second=1638e9,
         ici_bytes_per_second=400e9,
         dcn_bytes_per_second=4 * 200e9 / 8 / 8,
@@ -85,11 +94,13 @@ CHIPS = {
     ),
     "tpu7x": Chip(
         hbm_bytes=192 * GIB / 2,
+        granted_bytes=94.75 * GIB,
         hbm_bytes_per_second=7380e9 / 2,
         ici_bytes_per_second=600e9 / 2,
         dcn_bytes_per_second=100e9 / 8 / 2,
         sides=TORUS_3D,
         cores=2,
+        devices=2,
     ),
 }
 
@@ -115,6 +126,21 @@ class Topology:
     def chips(self) -> int:
         """How many it has."""
         return math.prod(int(side) for side in self.sides.split("x"))
+
+    @property
+    def devices(self) -> int:
+        """How many JAX devices they are."""
+        return self.chips * self.chip.devices
+
+
+def slices_of(name: str, slices: int = 1) -> tuple[Topology, int]:
+    """A topology and how many slices of it: "2xv5e-256", or so many of another name.
+
+    Raises:
+      ValueError: as `topology`.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([a-z].*)", name)
+    return (topology(found[2]), int(found[1])) if found else (topology(name), slices)
 
 
 def topology(name: str) -> Topology:

@@ -1,43 +1,291 @@
 """`lara aot`: what a recipe would need and take on TPUs, without having one.
 
 lara aot --config configs/bridge_4b.py --topology v5p:4x4x4 --config.data.batch_size=256
+lara aot --config configs/bridge_4b.py --topology v5e-16,v5p-64,2xv5e-64 --plot out.svg
+lara aot --config configs/bridge_4b.py --topology v5p-64 --search --cache runs/aot
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from lara_jax.aot.chips import GIB, topology
-from lara_jax.aot.compile import WHATS, Report, compile_recipe
-from lara_jax.config import load_recipe, split_overrides
+from tqdm import tqdm
+
+from lara_jax import sharding
+from lara_jax.aot.chips import GIB, slices_of
+from lara_jax.aot.compile import WHATS, Report, compile_recipe, state_size
+from lara_jax.aot.jobs import Job, compile_job
+from lara_jax.aot.plot import check_path, place, plot_reports
+from lara_jax.aot.search import (
+    MOST,
+    UNBOUNDED,
+    Layout,
+    Mesh,
+    Space,
+    Try,
+    best_first,
+    likely_meshes,
+    search,
+)
+from lara_jax.config import split_overrides
+from lara_jax.evals.report import format_table
+
+REMATS = ("none", "dots", "full", "offload")
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `lara aot` takes beside `--config.section.key=value`."""
+    made = argparse.ArgumentParser(prog="lara aot", allow_abbrev=False)
+    add = made.add_argument
+    add("--config", required=True, metavar="FILE", help="a recipe")
+    add(
+        "--topology",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="v5p:4x4x4, v5e:16x16; or v5p-128; 2xv5e-256 for two slices; several with commas",
+    )
+    add("--num-slices", type=int, default=1, metavar="N", help="slices, joined by the network")
+    add("--what", choices=WHATS, default="train", help="a step, or a policy call")
+    add("--stage", metavar="NAME", help="of the curriculum; else the last one")
+    add("--rows", type=int, metavar="N", help="of each data x fsdp piece, not data.batch_size")
+    add("--search", action="store_true", help="find the largest batch and the fastest layout")
+    add("--search-remat", metavar="A,B", help=f"of {', '.join(REMATS)}; all if not given")
+    add("--search-mesh", metavar="A,B", help="data x fsdp x tensor each, as in 1x16x1,2x4x2")
+    add("--search-batch", type=int, metavar="N", help="no batch larger than this")
+    add("--cache", type=Path, metavar="DIR", help="keeps reports, and takes them from there")
+    add("--plot", type=Path, metavar="FILE", help="an SVG or PNG over the topologies")
+    add("--json", action="store_true", help="print JSON, an object a line")
+    return made
 
 
 def main(argv: Sequence[str]) -> int:
     """`lara aot --config FILE --topology NAME [--num-slices N] [--what train|policy] [--json]`."""
-    parser = argparse.ArgumentParser(prog="lara aot", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe")
-    parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="v5p:4x4x4, v5e:16x16; or v5p-128"
-    )
-    parser.add_argument(
-        "--num-slices", type=int, default=1, metavar="N", help="slices, joined by the network"
-    )
-    parser.add_argument("--what", choices=WHATS, default="train", help="a step, or a policy call")
-    parser.add_argument("--stage", metavar="NAME", help="of the curriculum; else the last one")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args, rest = parser.parse_known_args(argv)
-    if args.num_slices < 1:
-        raise ValueError(f"--num-slices must be 1 or more, got {args.num_slices}")
-    recipe = load_recipe(args.config, split_overrides(rest))
-    report = compile_recipe(
-        recipe,
-        topology(args.topology),
-        slices=args.num_slices,
+    args, rest = parser().parse_known_args(argv)
+    for name in ("num_slices", "rows", "search_batch"):
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
+    if args.plot:
+        check_path(args.plot)
+    several = [name for given in args.topology for name in given.split(",")]
+    jobs = [
+        _job(args, *slices_of(name, args.num_slices), split_overrides(rest), alone=not several[1:])
+        for name in several
+    ]
+    if args.search:
+        return _search(args, jobs)
+    if args.search_remat or args.search_mesh or args.search_batch:
+        raise ValueError("--search-remat, --search-mesh and --search-batch need --search")
+    if len(jobs) == 1 and not args.cache and not args.plot:
+        [job] = jobs
+        report = compile_recipe(
+            job.recipe, job.topology, slices=job.slices, what=job.what, stage=job.stage
+        )
+        print(json.dumps(report.json()) if args.json else table(report))
+        return 0
+    return _sweep(args, jobs)
+
+
+def _job(
+    args: argparse.Namespace, topology: Any, slices: int, overrides: Sequence[str], *, alone: bool
+) -> Job:
+    """One topology's. Among several, the recipe's `mesh.data` is that of one slice."""
+    job = Job(
+        config=args.config,
+        topology=topology,
+        slices=slices,
+        overrides=tuple(overrides),
         what=args.what,
         stage=args.stage,
     )
-    print(json.dumps(report.json(), indent=1) if args.json else table(report))
-    return 0
+    recipe = job.recipe
+    if recipe.mesh.data != -1 and not alone and slices > 1:
+        job = job.but(f"mesh.data={recipe.mesh.data * slices}")
+    if args.rows and not args.search:
+        shape = _shape(job)
+        pieces = shape["data"] * shape["fsdp"] * recipe.train.accumulate_steps
+        job = job.but(f"data.batch_size={args.rows * pieces}")
+    return job
+
+
+def _shape(job: Job) -> dict[str, int]:
+    mesh = job.recipe.mesh
+    return sharding.mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, job.devices)
+
+
+def _sweep(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    """Every topology as the recipe is."""
+    reports: list[dict[str, Any]] = []
+    with tqdm(jobs, unit="compile", file=sys.stderr) as bar:
+        for job in bar:
+            bar.set_postfix_str(f"{job.slices} x {job.topology.name}")
+            reports.append(compile_job(job, args.cache))
+            if args.json:
+                print(json.dumps(reports[-1]), flush=True)
+    if not args.json:
+        print(format_table(COLUMNS, [row(report) for report in reports]))
+        for error in _errors(reports):
+            print(error)
+    if args.plot:
+        plot_reports({Path(args.config).stem: reports}, args.plot)
+    return 1 if any("error" in report for report in reports) else 0
+
+
+def _search(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    """The best of every topology, all candidates beside it."""
+    if args.what != "train":
+        raise ValueError("--search is for --what train: a policy call has one row and one device")
+    best: list[dict[str, Any]] = []
+    for job in jobs:
+        tries: list[Try] = []
+        stopped = False
+        try:
+            _look(args, job, tries)
+        except KeyboardInterrupt:
+            stopped = True
+        ordered = best_first(tries)
+        if args.json:
+            for one in ordered:
+                print(json.dumps(one.json()), flush=True)
+        elif tries:
+            print(summary(job, ordered))
+        if stopped:
+            where = f"; what was compiled is kept in {args.cache}" if args.cache else ""
+            print(f"lara aot: stopped{where}", file=sys.stderr)
+            return INTERRUPTED
+        best += [ordered[0].json()] if ordered[0].fits else []
+    if args.plot and best:
+        plot_reports({Path(args.config).stem: best}, args.plot)
+    return 0 if len(best) == len(jobs) else 1
+
+
+def _look(args: argparse.Namespace, job: Job, tries: list[Try]) -> None:
+    """Searches one topology, and tells how it goes on standard error."""
+    recipe = job.recipe
+    space = space_of(args, job)
+    print(
+        f"{job.slices} x {job.topology.name}: {space.layouts} layouts, about 3 compiles each, "
+        f"{MOST} at most",
+        file=sys.stderr,
+    )
+    with tqdm(unit="compile", file=sys.stderr) as bar:
+
+        def attempt(layout: Layout, rows: int) -> dict[str, Any]:
+            bar.set_postfix_str(f"{layout}, {rows} rows")
+            overrides = layout.overrides(rows, recipe.train.accumulate_steps)
+            return compile_job(job.but(*overrides), args.cache)
+
+        for one in search(space, attempt):
+            tries.append(one)
+            bar.update(int("peak_memory_bytes" in one.report and one.rows > 0))
+            bar.write(_line(one), file=sys.stderr)
+
+
+def space_of(args: argparse.Namespace, job: Job) -> Space:
+    """What to search: all that is likely, or what the options name.
+
+    Raises:
+      ValueError: an option that is not understood.
+    """
+    recipe, granted = job.recipe, job.topology.chip.granted_bytes
+    size = state_size(recipe, job.stage)
+    if args.search_mesh:
+        meshes = [_mesh(text, job) for text in args.search_mesh.split(",")]
+    else:
+        meshes = likely_meshes(job.devices, job.slices, size, granted)
+    remats = [recipe.model.remat, *(name for name in REMATS if name != recipe.model.remat)]
+    if args.search_remat:
+        remats = args.search_remat.split(",")
+        for name in remats:
+            if name not in REMATS:
+                raise ValueError(f"--search-remat {name!r}; allowed: {', '.join(REMATS)}")
+    steps = recipe.train.accumulate_steps
+    return Space(
+        meshes=meshes,
+        remats=remats,
+        state_bytes=size,
+        granted_bytes=granted,
+        first_rows=args.rows * meshes[0][0] * meshes[0][1]
+        if args.rows
+        else recipe.data.batch_size // steps,
+        most_rows=args.search_batch // steps if args.search_batch else UNBOUNDED,
+    )
+
+
+def _mesh(text: str, job: Job) -> Mesh:
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"--search-mesh {text!r}; give data x fsdp x tensor, as in 1x16x1")
+    data, fsdp, tensor = (int(size) for size in sizes)
+    sharding.mesh_shape(data, fsdp, tensor, job.devices)
+    if data % job.slices:
+        raise ValueError(f"--search-mesh {text}: data must be a multiple of {job.slices} slices")
+    return data, fsdp, tensor
+
+
+COLUMNS = ("slices", "mesh", "remat", "batch", "GiB", "of", "step ms", "samples/s", "MFU %", "GB")
+
+
+def row(report: Mapping[str, Any]) -> list[object]:
+    """A report in a table; GB are those that a device sends in a step."""
+    missing = "-"
+
+    def number(name: str, factor: float = 1.0) -> object:
+        value = report.get(name)
+        return missing if value is None else f"{value * factor:.4g}"
+
+    mesh = report.get("mesh")
+    fits = "" if report["fits"] else " NO"
+    return [
+        place(report).replace("\n", ", ") if "topology" in report else missing,
+        "x".join(map(str, mesh.values())) if mesh else missing,
+        report.get("remat", missing),
+        report.get("batch_size", missing),
+        number("peak_memory_bytes", 1 / GIB) if "peak_memory_bytes" in report else missing,
+        str(number("hbm_bytes", 1 / GIB)) + fits,
+        number("estimated_step_seconds", 1e3),
+        number("samples_per_second"),
+        number("mfu", 1e2),
+        number("collective_bytes", 1e-9),
+    ]
+
+
+def summary(job: Job, ordered: Sequence[Try]) -> str:
+    """The candidates in a table, best first, and how to run the best."""
+    lines = [f"{job.slices} x {job.topology.name}, {job.devices} devices", ""]
+    lines.append(format_table(COLUMNS[1:], [row(one.json())[1:] for one in ordered]))
+    lines += _errors([one.json() for one in ordered])
+    fitting = [one for one in ordered if one.fits]
+    if not fitting:
+        return "\n".join([*lines, "", "nothing fits"])
+    steps = job.recipe.train.accumulate_steps
+    largest = max(fitting, key=lambda one: one.report["batch_size"])
+    for name, one in (("fastest", fitting[0]), ("largest batch", largest)):
+        settings = (f"--config.{text}" for text in one.layout.overrides(one.rows, steps))
+        lines += ["", f"{name}: {' '.join(settings)}"]
+    return "\n".join(lines)
+
+
+def _errors(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{report.get('topology', '')} {report.get('mesh', '')}: {report['error']}".strip()
+        for report in reports
+        if "error" in report
+    ]
+
+
+def _line(one: Try) -> str:
+    """A candidate as soon as it is known."""
+    if "error" in one.report:
+        return f"{one.layout}: {one.report['error']}"
+    peak = one.report["peak_memory_bytes"] / GIB
+    speed = f", {one.speed:.4g} samples/s at most" if one.fits else ", does not fit"
+    return f"{one.layout}, {one.rows} rows: {peak:.3f} GiB{speed}"
 
 
 def table(report: Report) -> str:

@@ -8,20 +8,19 @@ the compiler's flags of `launch/xla_flags.sh`. `what="policy"` is the call of
 """
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lara_jax import assemble, sharding
 from lara_jax.aot.census import Census, census
@@ -88,6 +87,7 @@ class Report:
       fits: whether it can run.
       analytic: operations counted from sizes, over all devices.
       peak: FLOP/s of one device.
+      slots: of thoughts.
       seconds: that compiling took.
       census: what one device does in a step; None where it does not fit.
       estimate: of the step's time; None likewise.
@@ -106,6 +106,7 @@ class Report:
     fits: bool
     analytic: Flops
     peak: float
+    slots: int
     seconds: float
     census: Census | None
     estimate: Estimate | None
@@ -140,6 +141,7 @@ class Report:
             "mesh": self.mesh,
             "batch_size": self.rows,
             "remat": self.remat,
+            "latent_slots": self.slots,
             "peak_memory_bytes": self.memory.peak,
             "argument_bytes": self.memory.arguments,
             "temporary_bytes": self.memory.temporaries,
@@ -150,6 +152,7 @@ class Report:
             "model_flops": self.analytic.model / self.devices,
             "hbm_traffic_bytes": counted and counted.bytes,
             "estimated_step_seconds": took and took.step,
+            "samples_per_second": took and self.rows / took.step,
             "seconds": took
             and {
                 name: getattr(took, name)
@@ -189,9 +192,11 @@ def compile_recipe(
         raise ValueError(f"a policy call runs on one device, so not on {slices} slices")
     flags = set_environment(topology, slices)
     devices = find_devices(topology, slices)
-    outline, parts = _outline(recipe, stage), None
+    outline, parts = stage_outline(recipe, stage), None
     if what == "train":
-        mesh = slice_mesh(recipe, devices)
+        mesh = sharding.make_mesh(
+            recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor, devices=devices
+        )
         lowered, rows = _lower_train(recipe, outline, mesh), outline.batch.size
         trained = trained_paths(recipe, state_outline(recipe, outline).params, [outline.stage])
         parts = outline.model.config, outline.stage, outline.batch
@@ -218,9 +223,10 @@ def compile_recipe(
         rows=rows,
         remat=recipe.model.remat,
         memory=memory,
-        fits=counted is not None and memory.peak <= topology.chip.hbm_bytes,
+        fits=counted is not None,
         analytic=analytic,
         peak=peak,
+        slots=outline.model.config.latent_slots,
         seconds=seconds,
         census=counted,
         estimate=estimate(counted, topology.chip, peak, len(used) // slices, slices)
@@ -240,11 +246,7 @@ def set_environment(topology: Topology, slices: int) -> str:
     Raises:
       ValueError: libtpu is not installed, or the package is not in a checkout.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "this environment has no libtpu, which compiles for TPUs; make one beside it with "
-            f"`{ENVIRONMENT}` and call .venv-tpu/bin/lara"
-        )
+    require_libtpu()
     if not FLAGS.is_file():
         raise ValueError(
             f"the compiler's flags are in {FLAGS}, which is not there: install the package from a "
@@ -258,6 +260,19 @@ def set_environment(topology: Topology, slices: int) -> str:
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     return variables["LIBTPU_INIT_ARGS"]
+
+
+def require_libtpu() -> None:
+    """Says how to get libtpu where it is missing.
+
+    Raises:
+      ValueError: it is.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "this environment has no libtpu, which compiles for TPUs; make one beside it with "
+            f"`{ENVIRONMENT}` and call .venv-tpu/bin/lara"
+        )
 
 
 def find_devices(topology: Topology, slices: int) -> list[Any]:
@@ -277,38 +292,35 @@ def find_devices(topology: Topology, slices: int) -> list[Any]:
     return list(found.devices)
 
 
-def slice_mesh(recipe: Recipe, devices: Sequence[Any]) -> Mesh:
-    """The recipe's mesh; `data` goes over the slices first, so that only it uses their network.
+def stage_outline(recipe: Recipe, stage: str | None = None) -> Outline:
+    """A stage of a recipe by name; the last one for None.
 
     Raises:
-      ValueError: `data` does not split over the slices, or the mesh does not match the devices.
+      ValueError: there is none of that name.
     """
-    by_slice: dict[int, list[Any]] = defaultdict(list)
-    for device in devices:
-        by_slice[getattr(device, "slice_index", 0)].append(device)
-    cfg, slices = recipe.mesh, len(by_slice)
-    if cfg.data != -1 and cfg.data % slices:
-        raise ValueError(
-            f"config.mesh.data is {cfg.data}, but it must be a multiple of the {slices} slices"
-        )
-    data = cfg.data if cfg.data == -1 else cfg.data // slices
-    meshes = [
-        sharding.make_mesh(data, cfg.fsdp, cfg.tensor, devices=by_slice[number])
-        for number in sorted(by_slice)
-    ]
-    if slices == 1:
-        return meshes[0]
-    layout = np.concatenate([mesh.devices for mesh in meshes])
-    return Mesh(layout, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * layout.ndim)
-
-
-def _outline(recipe: Recipe, stage: str | None) -> Outline:
     found = {outline.stage.name: outline for outline in outlines(recipe)}
     if stage is None:
         return list(found.values())[-1]
     if stage not in found:
         raise ValueError(f"no stage {stage!r} in the recipe; there are {', '.join(found)}")
     return found[stage]
+
+
+def state_size(recipe: Recipe, stage: str | None = None) -> Callable[[tuple[int, int, int]], int]:
+    """The bytes that the state that trains takes on one device of a (data, fsdp, tensor) mesh."""
+    outline = stage_outline(recipe, stage)
+    shapes, axes = state_outline(recipe, outline), logical_axes(outline.model)
+
+    def size(sizes: tuple[int, int, int]) -> int:
+        mesh: Any = AbstractMesh(sizes, sharding.MESH_AXES)
+        where = state_shardings(mesh, shapes, axes)
+        parts = jax.tree.map(lambda x, at: math.prod(at.shard_shape(x.shape)), shapes, where)
+        return sum(
+            x.dtype.itemsize * part
+            for x, part in zip(jax.tree.leaves(shapes), jax.tree.leaves(parts), strict=True)
+        )
+
+    return size
 
 
 def _lower_train(recipe: Recipe, outline: Outline, mesh: Mesh) -> Any:

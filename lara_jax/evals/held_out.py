@@ -167,6 +167,7 @@ class HeldOut:
         mesh = state_shardings.step.mesh
         everywhere = sharding.replicated(mesh)
         self._rows = sharding.batch_sharding(mesh, rows)
+        self._here = sharding.local_rows(mesh, size)
         self._step = jax.jit(
             make_eval_step(model, stage, recipe),
             in_shardings=(_read(state_shardings), self._rows, everywhere),
@@ -214,7 +215,7 @@ class HeldOut:
         key, parts = jax.random.fold_in(self._key, dataset), []
         chosen = list(spread(steps, self._recipe.eval.batches, size))
         for piece, (numbers, count) in enumerate(chosen):
-            mine = numbers[self._loader.host_rows]
+            mine = numbers[self._here]
             batch = self._loader.batch_of(np.full_like(mine, dataset), mine)
             batch = sharding.put(batch, self._rows)
             answers = jax.device_get(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lara_jax.models.attention import attention
-from lara_jax.models.layers import dense, layer_norm, stack
+from lara_jax.models.layers import Dense, dense, layer_norm, stack
 from lara_jax.sharding import constrain
 
 TIME_SCALE = 0.999  # s in t = (s - Beta) / s
@@ -122,7 +122,7 @@ class ActionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, actions: jax.Array, bucket: jax.Array) -> jax.Array:
-        def layer(name: str, inputs: str) -> nn.DenseGeneral:
+        def layer(name: str, inputs: str) -> Dense:
             names = (inputs, "expert_embed")
             return dense(self.width, names, use_bias=True, dtype=self.dtype, name=name)
 

@@ -11,6 +11,7 @@ are all the same finite minimum. That is what the PyTorch reference computes at 
 expert reads those rows.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -22,8 +23,8 @@ Implementation = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], j
 
 def attention(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: jax.Array | tuple[jax.Array, ...],
+    value: jax.Array | tuple[jax.Array, ...],
     mask: jax.Array | None = None,
     *,
     implementation: str = "xla",
@@ -32,8 +33,9 @@ def attention(
 
     Args:
       query: float[B, T, N, H].
-      key: float[B, S, K, H]; N is a multiple of K, query head n reads kv head n // (N/K).
-      value: float[B, S, K, H].
+      key: float[B, S, K, H]; N is a multiple of K, query head n reads kv head n // (N/K). Several
+        stand for themselves, one after the other; `xla` leaves them where they lie if T is 1.
+      value: float[B, S, K, H], likewise.
       mask: bool[B, T, S], True = may attend; None = attend to everything.
       implementation: one of `IMPLEMENTATIONS`.
 
@@ -43,14 +45,19 @@ def attention(
     Raises:
       ValueError: unknown implementation, or N is not a multiple of K.
     """
-    heads, kv_heads = query.shape[-2], key.shape[-2]
+    keys, values = (x if isinstance(x, tuple) else (x,) for x in (key, value))
+    heads, kv_heads = query.shape[-2], keys[0].shape[-2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r}; choose one of {tuple(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](query, key, value, mask)
+    if query.shape[1] > 1 or implementation != "xla":
+        keys, values = ((jnp.concatenate(x, axis=1),) if len(x) > 1 else x for x in (keys, values))
+    if implementation == "xla":
+        return _xla(query, keys, values, mask)
+    return IMPLEMENTATIONS[implementation](query, keys[0], values[0], mask)
 
 
 def additive(mask: jax.Array) -> jax.Array:
@@ -58,16 +65,26 @@ def additive(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _xla(
+    q: jax.Array,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    mask: jax.Array | None,
+) -> jax.Array:
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K = keys[0].shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / math.sqrt(H))
+    scores = [
+        jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k in keys
+    ]
+    scores = jnp.concatenate(scores, axis=-1) * (1.0 / math.sqrt(H))
     if mask is not None:
         scores = scores + additive(mask)[:, None, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
+    ends = list(itertools.accumulate(k.shape[1] for k in keys))[:-1]
+    parts = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
+    out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", part, v) for part, v in parts)
+    return out.reshape(B, T, N, H)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -22,7 +22,6 @@ Source: arXiv 2602.01166, section 3.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -32,7 +31,8 @@ import jax.numpy as jnp
 from lara_jax.models import masks, rope
 from lara_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from lara_jax.models.attention import IMPLEMENTATIONS
-from lara_jax.models.layers import COLLECTIONS, REMAT_POLICIES, remat
+from lara_jax.models.latent_loop import LatentLoop, think
+from lara_jax.models.layers import COLLECTIONS, REMAT_POLICIES
 from lara_jax.models.text_decoder import KeyValues, TextConfig, TextDecoder
 from lara_jax.models.vision_tower import VisionConfig, VisionFeatures, VisionTower
 from lara_jax.sharding import constrain
@@ -304,51 +304,20 @@ class LaraVLA(nn.Module):
         prefix_valid: jax.Array,
         positions: jax.Array,
     ) -> tuple[jax.Array, KeyValues]:
-        """The latent loop.
-
-        Args:
-          hidden: float[B, 1, D], the hidden state before the first slot, before the final norm.
-          prefix_kv: the prefix's keys and values, loop-invariant.
-          prefix_valid: bool[B, P].
-          positions: int32[3, B, K] of the slots.
-
-        Returns:
-          the slots' hidden states float[B, K, D] before the final norm, and their keys and values.
-        """
-        K = self.config.latent_slots
-
-        def step(
-            model: LaraVLA, carry: Any, k: jax.Array, position: jax.Array, invariant: Any
-        ) -> tuple[Any, jax.Array]:
-            previous, slot_kv = carry
-            prefix_kv, prefix_valid = invariant
-            mask = masks.slot_mask(prefix_valid, K, k)
-            hidden, new = model.text(
-                model._source(previous), position[..., None], mask, past=(prefix_kv, slot_kv)
-            )
-            slot_kv = jax.tree.map(
-                lambda slots, one: jax.lax.dynamic_update_slice_in_dim(slots, one, k, axis=2),
-                slot_kv,
-                new,
-            )
-            return (hidden, slot_kv), hidden[:, 0]
-
-        loop = nn.scan(
-            remat(step, self.config.remat),
-            variable_broadcast=COLLECTIONS,
-            split_rngs={"params": False},
-            in_axes=(0, 2, nn.broadcast),
-            out_axes=1,
-            length=K,
+        """`lara_jax.models.latent_loop.think` with the text decoder's variables."""
+        cfg = self.config
+        loop = LatentLoop(
+            config=cfg.text,
+            slots=cfg.latent_slots,
+            source=cfg.latent_source,
+            dtype=jnp.dtype(cfg.dtype),
+            recompute=cfg.remat != "none",
+            implementation=cfg.attention,
+            parent=None,
         )
-        empty = jax.tree.map(
-            lambda x: jnp.zeros_like(x, shape=(*x.shape[:2], K, *x.shape[3:])), prefix_kv
-        )
-        carry = (hidden, empty)
-        (_, slot_kv), slot_hidden = loop(
-            self, carry, jnp.arange(K), positions, (prefix_kv, prefix_valid)
-        )
-        return constrain(slot_hidden, "batch", "slots", "embed"), slot_kv
+        variables = nn.unbox({name: self.text.variables.get(name, {}) for name in COLLECTIONS})
+        hidden, kv = think(loop, variables, hidden, prefix_kv, prefix_valid, positions)
+        return constrain(hidden, "batch", "slots", "embed"), kv
 
     def _source(self, hidden: jax.Array) -> jax.Array:
         """Hidden states before the final norm -> those of `latent_source`."""

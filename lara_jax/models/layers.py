@@ -6,14 +6,18 @@ Every parameter is created with logical axis names (`nn.with_logical_partitionin
 `dtype` is what a layer computes in. Norms always compute in float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lara_jax.sharding import gather
+from lara_jax.models.tape import TAPE, Tape, taped
+from lara_jax.sharding import product
 
 Names = tuple[str | None, ...]
 
@@ -34,6 +38,56 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
 }
 
+# Of the latent loop's layers it finds the outputs of dense layers, which are small.
+PROJECTION = "projection"
+LOOP_REMAT = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+
+
+class Dense(nn.Module):
+    """A dense layer over the last `inputs` axes whose kernel axes are called `names`.
+
+    In `lara_jax.models.latent_loop` it finds a piece of its kernel and a tape: see there.
+
+    Attributes:
+      features: output axes.
+      names: one logical name per kernel axis, inputs first; the bias takes those of the outputs.
+      inputs: how many trailing input axes are contracted.
+      use_bias: whether to add a bias.
+      dtype: compute dtype; parameters stay float32.
+    """
+
+    features: tuple[int, ...]
+    names: Names
+    inputs: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., *inputs] -> float[..., *features] in `dtype`."""
+        inputs = x.shape[x.ndim - self.inputs :]
+        shape = (*inputs, *self.features)
+        multiply = partial(product, inputs=self.inputs, names=self.names, shape=shape)
+        if self.has_variable(TAPE, "kernel"):
+            kernel, place = (self.get_variable(c, "kernel") for c in ("params", TAPE))
+            out = checkpoint_name(taped(x.astype(self.dtype), kernel, place), PROJECTION)
+        else:
+            matrix = math.prod(inputs), math.prod(self.features)
+            init = nn.with_logical_partitioning(
+                lambda key: KERNEL_INIT(key, matrix).reshape(shape), self.names
+            )
+            kernel = self.param("kernel", init)
+            x = x.astype(self.dtype)
+            out = multiply(x, kernel.astype(self.dtype))
+            if self.is_mutable_collection(TAPE) and not self.is_initializing():
+                self.variable(TAPE, "kernel", lambda: Tape(x, out, multiply, self.names))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(
+                nn.initializers.zeros_init(), self.names[self.inputs :]
+            )
+            out = out + self.param("bias", init, self.features).astype(self.dtype)
+        return out
+
 
 def dense(
     features: int | Sequence[int],
@@ -43,31 +97,10 @@ def dense(
     use_bias: bool = False,
     dtype: Any = jnp.float32,
     name: str | None = None,
-) -> nn.DenseGeneral:
-    """A dense layer over the last `inputs` axes whose kernel axes are called `names`.
-
-    Args:
-      features: output axes.
-      names: one logical name per kernel axis, inputs first; the bias takes those of the outputs.
-      inputs: how many trailing input axes are contracted.
-      use_bias: whether to add a bias.
-      dtype: compute dtype; parameters stay float32.
-      name: the module's name inside a compact parent.
-    """
-
-    def product(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        return jax.lax.dot_general(x, gather(kernel, *names), *args, **kwargs)
-
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(KERNEL_INIT, names),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), names[inputs:]),
-        dot_general=product,
-        name=name,
-    )
+) -> Dense:
+    """A `Dense` layer; see there. `name` is the module's name inside a compact parent."""
+    features = (features,) if isinstance(features, int) else tuple(features)
+    return Dense(features, names, inputs, use_bias, dtype, name=name)
 
 
 def rms_norm(axis: str, *, epsilon: float, dtype: Any, name: str | None = None) -> nn.RMSNorm:
@@ -121,7 +154,7 @@ def stack(target: Any, length: int, in_axes: Any, *, out_axes: Any = 0) -> Any:
     """`nn.scan` of a layer class, parameters stacked on a leading `layers` axis."""
     return nn.scan(
         target,
-        variable_axes=dict.fromkeys(COLLECTIONS, 0),
+        variable_axes=dict.fromkeys((*COLLECTIONS, TAPE), 0),
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         out_axes=out_axes,

@@ -95,8 +95,9 @@ class SelfAttention(nn.Module):
         q = rope.rotate(norm("q_norm")(project("q_proj", cfg.heads, "heads")), angles)
         k = rope.rotate(norm("k_norm")(project("k_proj", cfg.kv_heads, "kv_heads")), angles)
         new = KeyValues(k, project("v_proj", cfg.kv_heads, "kv_heads"))
-        seen = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *past, new)
-        out = attention(q, seen.key, seen.value, mask, implementation=self.implementation)
+        seen = (*past, new)
+        keys, values = (tuple(getattr(kv, part) for kv in seen) for part in ("key", "value"))
+        out = attention(q, keys, values, mask, implementation=self.implementation)
         names = ("heads", "head_dim", "embed")
         return dense(cfg.width, names, inputs=2, dtype=self.dtype, name="o_proj")(out), new
 
@@ -150,6 +151,30 @@ class DecoderLayer(nn.Module):
         return x, new
 
 
+def decoder_layers(
+    layer: type[nn.Module], config: TextConfig, dtype: Any, implementation: str
+) -> Any:
+    """All layers as one module; `layer` is `DecoderLayer`, or that made to recompute its inside."""
+    in_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
+    return stack(layer, config.layers, in_axes)(config, dtype, implementation)
+
+
+def run_layers(
+    layers: Any,
+    config: TextConfig,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    past: tuple[KeyValues, ...] = (),
+    deepstack: jax.Array | None = None,
+) -> tuple[jax.Array, KeyValues]:
+    """What `decoder_layers` made, over one segment; arguments of `TextDecoder.__call__`."""
+    angles = rope.text_rope(positions, config.head_dim, config.rope_theta, config.mrope_section)
+    if deepstack is not None and deepstack.shape[0] == 0:
+        deepstack = None
+    return layers(x, jnp.arange(config.layers), past, angles, mask, deepstack)
+
+
 class TextDecoder(nn.Module):
     """Embedding, layers, final norm and head. Parameters: see `lara_jax.interop.hf_keys`."""
 
@@ -165,11 +190,8 @@ class TextDecoder(nn.Module):
             nn.with_logical_partitioning(EMBEDDING_INIT, ("vocab", "embed")),
             (cfg.vocab_size, cfg.width),
         )
-        self.layers = stack(
-            remat(DecoderLayer, self.remat),
-            cfg.layers,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )(cfg, self.dtype, self.implementation)
+        layer = remat(DecoderLayer, self.remat)
+        self.layers = decoder_layers(layer, cfg, self.dtype, self.implementation)
         self.norm = rms_norm("embed", epsilon=cfg.norm_eps, dtype=self.dtype)
         if not cfg.tied_embeddings:
             self.lm_head = dense(cfg.vocab_size, ("embed", "vocab"), dtype=self.dtype)
@@ -199,11 +221,7 @@ class TextDecoder(nn.Module):
         Returns:
           hidden states float[B, T, D] BEFORE the final norm, and this segment's keys and values.
         """
-        cfg = self.config
-        angles = rope.text_rope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
-        if deepstack is not None and deepstack.shape[0] == 0:
-            deepstack = None
-        return self.layers(x, jnp.arange(cfg.layers), past, angles, mask, deepstack)
+        return run_layers(self.layers, self.config, x, positions, mask, past, deepstack)
 
     def final_norm(self, hidden: jax.Array) -> jax.Array:
         """Hidden states after the final norm, float[B, T, D]."""

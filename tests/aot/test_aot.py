@@ -5,13 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from lara_jax import cli, sharding
+from lara_jax import cli
 from lara_jax.aot import compile as aot
 from lara_jax.aot.chips import topology
 from lara_jax.config import load_recipe
@@ -71,37 +68,9 @@ def test_flags_and_variables(monkeypatch):
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device of a slice."""
-
-    id: int
-    slice_index: int
-
-
-def test_data_goes_over_the_slices(monkeypatch):
-    def mesh_of_slice(data, fsdp, tensor, *, devices):
-        return SimpleNamespace(devices=np.array(devices).reshape(data, 2, tensor))
-
-    monkeypatch.setattr(sharding, "make_mesh", mesh_of_slice)
-    devices = [Device(i, i % 2) for i in range(16)]
-    recipe = load_recipe(DEBUG, ["mesh.data=4", "mesh.fsdp=-1", "mesh.tensor=2"])
-    mesh = aot.slice_mesh(recipe, devices)
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2}
-    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    assert (slices[:2] == 0).all()
-    assert (slices[2:] == 1).all()
-
-
-def test_data_that_does_not_split_over_the_slices():
-    devices = [Device(i, i % 2) for i in range(4)]
-    with pytest.raises(ValueError, match="data is 1, but it must be a multiple of the 2 slices"):
-        aot.slice_mesh(load_recipe(DEBUG, []), devices)
-
-
 def test_an_unknown_stage():
     with pytest.raises(ValueError, match="no stage 'last' in the recipe"):
-        aot._outline(load_recipe(DEBUG, []), "last")
+        aot.stage_outline(load_recipe(DEBUG, []), "last")
 
 
 @pytest.mark.slow

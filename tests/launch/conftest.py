@@ -26,10 +26,14 @@ class Programs:
             self.write(name, status=0)
 
     def write(self, name: str, *, status: int) -> None:
-        """Makes `name` note its arguments, a NUL after each, and end with `status`."""
+        """Makes `name` note its arguments, a NUL after each, and end with `status`.
+
+        What is piped into it is read, since a writer whose reader has gone fails.
+        """
         script = self.folder / name
         noted = f"{{ printf '%s\\0' {name} \"$@\"; echo; }} >>{shlex.quote(str(self.log))}"
-        script.write_text(f"#!/bin/bash\n{noted}\nexit {status}\n")
+        piped = "[ ! -p /dev/stdin ] || cat >/dev/null"
+        script.write_text(f"#!/bin/bash\n{noted}\n{piped}\nexit {status}\n")
         script.chmod(0o755)
 
     def calls(self) -> list[list[str]]:
@@ -57,6 +61,7 @@ def launch(repository: Path, programs: Programs) -> Launch:
         return subprocess.run(
             [program, str(repository / "launch" / script), *arguments],
             env=kept | variables,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,

@@ -106,6 +106,7 @@ def on_worker(programs: Programs, home: Path, run: subprocess.CompletedProcess[s
     subprocess.run(
         ["bash", "-c", command],
         env={"HOME": str(home), "PATH": f"{programs.folder}:/usr/bin:/bin"},
+        stdin=subprocess.DEVNULL,
         check=True,
         cwd=home,
     )
