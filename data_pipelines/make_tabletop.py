@@ -2,11 +2,11 @@
 
 The scripted expert solves episode after episode. Now and then its action is disturbed before it is
 executed, while the undisturbed one is recorded, so that the data show how to recover (as in DART,
-arXiv 1703.09327). Each frame also gets what the expert is doing (subtask), where its two objects
-are (boxes) and where it is heading (motion).
+arXiv 1703.09327). Each frame also gets what the expert is doing (subtask), where the block that it
+moves and that block's target are (boxes) and where it is heading (motion).
 
-An episode depends on the seed and its number only, so the bytes are the same for any number of
-worker processes.
+Episodes take turns among the families of tasks. An episode depends on the seed and its number only,
+so the bytes are the same for any number of worker processes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ from lara_jax.evals.tabletop import (
     expert_step,
 )
 from lara_jax.evals.tabletop.environment import ACTION_DIM, STATE_DIM
+from lara_jax.evals.tabletop.tasks import FAMILIES
 
 NAME, VERSION = "lara_tabletop", "1.0.0"
 DESCRIPTION = (
     "A scripted gripper puts coloured blocks on coloured plates (MuJoCo, ray-cast images)."
 )
+IMAGES = {"primary": "image", "wrist": "wrist_image"}  # keys of the cameras below "observation/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +84,17 @@ class Record:
     reward: float
 
 
-def episode_features(image_size_px: int) -> tuple[Feature, ...]:
-    """The dataset's schema, for images of this size."""
+def episode_features(
+    image_size_px: int, cameras: Sequence[str] = ("primary",)
+) -> tuple[Feature, ...]:
+    """The dataset's schema, for images of this size from these cameras."""
     image = (image_size_px, image_size_px, 3)
 
     def step(key: str, kind: str, shape: tuple[int, ...] = (), dtype: str = "string") -> Feature:
         return Feature(key=f"steps/{key}", kind=kind, shape=shape, dtype=dtype, per_step=True)
 
     return (
-        step("observation/image", "image", image, "uint8"),
+        *(step(f"observation/{IMAGES[camera]}", "image", image, "uint8") for camera in cameras),
         step("observation/state", "tensor", (STATE_DIM,), "float32"),
         step("action", "tensor", (ACTION_DIM,), "float32"),
         step("language_instruction", "text"),
@@ -101,23 +105,27 @@ def episode_features(image_size_px: int) -> tuple[Feature, ...]:
         step("reasoning/boxes", "tensor", (2, 4), "float32"),
         step("reasoning/motion", "text"),
         Feature(key="episode_metadata/file_path", kind="text"),
+        Feature(key="episode_metadata/family", kind="text"),
         Feature(key="episode_metadata/success", kind="tensor", dtype="bool"),
     )
 
 
-def demonstrate(env: TabletopEnv, config: CollectConfig, seed: int) -> list[Record] | None:
+def demonstrate(
+    env: TabletopEnv, config: CollectConfig, seed: int, family: str | None = None
+) -> list[Record] | None:
     """One episode of the disturbed expert.
 
     Args:
       env: a tabletop of `config.tabletop`.
       config: how to disturb.
       seed: of the episode.
+      family: of its task; None for one of the config's by chance.
 
     Returns:
       Its steps, the last of which finishes the expert's work; None if it ran out of steps.
     """
     random = np.random.default_rng(seed)
-    observation, _ = env.reset(seed=seed)
+    observation, _ = env.reset(seed=seed, options={"family": family} if family else None)
     records: list[Record] = []
     truncated = False
     while not (expert := expert_step(env)).done:
@@ -132,12 +140,17 @@ def demonstrate(env: TabletopEnv, config: CollectConfig, seed: int) -> list[Reco
     return records
 
 
-def episode_values(records: Sequence[Record], file_path: str) -> dict[str, Any]:
+def episode_values(records: Sequence[Record], file_path: str, family: str) -> dict[str, Any]:
     """The values of `episode_features` for one solved episode."""
     numbers = np.arange(len(records))
+    observations = [dict(record.observation) for record in records]
     is_last = numbers == len(records) - 1
     return {
-        "steps/observation/image": [record.observation["primary"] for record in records],
+        **{
+            f"steps/observation/{key}": [seen[camera] for seen in observations]
+            for camera, key in IMAGES.items()
+            if camera in observations[0]
+        },
         "steps/observation/state": [record.observation["state"] for record in records],
         "steps/action": [record.expert.action for record in records],
         "steps/language_instruction": [record.observation["instruction"] for record in records],
@@ -150,6 +163,7 @@ def episode_values(records: Sequence[Record], file_path: str) -> dict[str, Any]:
         "steps/reasoning/boxes": [record.expert.boxes for record in records],
         "steps/reasoning/motion": [record.expert.motion for record in records],
         "episode_metadata/file_path": file_path,
+        "episode_metadata/family": family,
         "episode_metadata/success": True,
     }
 
@@ -165,12 +179,21 @@ def make_episode(config: CollectConfig, stream: str, index: int) -> tuple[bytes,
     Returns:
       The serialised episode and its number of steps; None where the expert failed.
     """
-    env = TabletopEnv(config.tabletop)
-    records = demonstrate(env, config, episode_seed(config.seed, stream, index))
+    tabletop = config.tabletop
+    family = tabletop.families[index % len(tabletop.families)]
+    env = _environment(replace(tabletop, split=stream))
+    records = demonstrate(env, config, episode_seed(config.seed, stream, index), family)
     if records is None:
         return None
-    values = episode_values(records, f"{NAME}/seed_{config.seed}/{stream}/{index:06d}")
-    return encode_episode(episode_features(config.tabletop.image_size_px), values), len(records)
+    file_path = f"{NAME}/seed_{config.seed}/{stream}/{index:06d}"
+    features = episode_features(tabletop.image_size_px, tabletop.cameras)
+    return encode_episode(features, episode_values(records, file_path, family)), len(records)
+
+
+@lru_cache(maxsize=1)
+def _environment(config: TabletopConfig) -> TabletopEnv:
+    """A process keeps its environment: the episodes do not depend on those before them."""
+    return TabletopEnv(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +261,7 @@ def make_dataset(
             name=NAME,
             version=VERSION,
             description=DESCRIPTION,
-            features=episode_features(config.tabletop.image_size_px),
+            features=episode_features(config.tabletop.image_size_px, config.tabletop.cameras),
             splits={
                 "train": collect("train", episodes, pool),
                 "val": collect("val", val_episodes, pool),
@@ -254,6 +277,11 @@ def make_dataset(
     )
 
 
+def names(text: str) -> tuple[str, ...]:
+    """`"place,stack"` -> `("place", "stack")`."""
+    return tuple(text.split(","))
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs `lara data make-tabletop`; the last line on standard output is the version directory."""
     parser = argparse.ArgumentParser(
@@ -265,7 +293,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--episodes", required=True, type=int, help="episodes to try for training")
     parser.add_argument("--val-episodes", type=int, help="for validation (default: a tenth)")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the images in pixels")
+    parser.add_argument(
+        "--families", type=names, default=("place",), help=f"of tasks, of: {','.join(FAMILIES)}"
+    )
+    parser.add_argument(
+        "--cameras", type=names, default=("primary",), help="primary or primary,wrist"
+    )
+    parser.add_argument(
+        "--image-size", "--size", type=int, default=64, help="side of the images in pixels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier dataset")
@@ -274,12 +310,15 @@ def main(argv: Sequence[str]) -> int:
     val_episodes = arguments.val_episodes
     if val_episodes is None:
         val_episodes = max(1, arguments.episodes // 10)
+    tabletop = TabletopConfig(
+        families=arguments.families,
+        cameras=arguments.cameras,
+        image_size_px=arguments.image_size,
+    )
     start = time.perf_counter()
     summary = make_dataset(
         arguments.out,
-        CollectConfig(
-            tabletop=TabletopConfig(image_size_px=arguments.image_size), seed=arguments.seed
-        ),
+        CollectConfig(tabletop=tabletop, seed=arguments.seed),
         episodes=arguments.episodes,
         val_episodes=val_episodes,
         workers=arguments.workers,

@@ -56,8 +56,8 @@ FORWARD_RUNS: dict[str, dict[str, int]] = {
     "offload": {"dense": 1, "last": 1, "attention": 2},
     "full": {"dense": 2, "last": 1, "attention": 2},
 }
-# In the latent loop a step is recomputed as a whole, and then each of its layers.
-LOOP_RUNS = FORWARD_RUNS | {"full": {"dense": 3, "last": 2, "attention": 3}}
+# The latent loop keeps the outputs of its dense layers, whatever the policy is.
+LOOP_RUNS = dict.fromkeys(FORWARD_RUNS, FORWARD_RUNS["dots"]) | {"none": FORWARD_RUNS["none"]}
 
 # Products of an attention's backward pass; forward there are 2. cuDNN's kernel computes the scores
 # again; the TPU's has a pass for queries and one for keys and values, and computes the scores in

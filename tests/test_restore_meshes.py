@@ -129,25 +129,35 @@ def test_another_mesh_goes_on_with_the_same_losses(
         np.testing.assert_allclose(losses(workdir), losses(undisturbed), rtol=1e-5, err_msg=mesh)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "devices"),
-    # Each with its own rows; and both with all of them, since `tensor` goes over both.
-    [("2x4x1", 4), ("1x1x4", 2)],
-)
-def test_two_processes_go_on_with_what_one_saved(
-    undisturbed: Path, data: Path, repository: Path, tmp_path: Path, mesh: str, devices: int
-) -> None:
+def by_two(repository: Path, data: Path, workdir: Path, mesh: str, devices: int) -> list[str]:
+    """What two processes, with so many devices each, tell of a run that goes on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    workdir = halfway(undisturbed, tmp_path / "two")
     run = [arguments(workdir, mesh)]
     both = [Training(repository, data, devices, run, address, number) for number in (0, 1)]
-    told = [process.check() for process in both]
+    return [process.check() for process in both]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_saved(
+    undisturbed: Path, data: Path, repository: Path, tmp_path: Path
+) -> None:
+    workdir = halfway(undisturbed, tmp_path / "two")
+    told = by_two(repository, data, workdir, "2x4x1", 4)
     assert ["resuming at step 3 " in lines for lines in told] == [True, False]  # one speaks
     np.testing.assert_allclose(losses(workdir), losses(undisturbed), rtol=1e-5)
     # And back to one.
     shutil.rmtree(workdir / "checkpoints" / "3")
     again = Training(repository, data, 8, [arguments(workdir, "1x8x1") + " train.steps=7"])
     assert "resuming at step 6 " in again.check()
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_their_rows(
+    undisturbed: Path, data: Path, repository: Path, tmp_path: Path
+) -> None:
+    """`tensor` goes over both, so that each must read the whole batch."""
+    workdir = halfway(undisturbed, tmp_path / "shared")
+    by_two(repository, data, workdir, "1x1x2", 1)
+    np.testing.assert_allclose(losses(workdir), losses(undisturbed), rtol=1e-5)

@@ -2,4 +2,7 @@
 
 topology --compile.py--> program --hlo.py--> FLOPs, bytes, collectives --roofline.py--> seconds
                                              chips.py: published numbers ------^
+
+Several of them are compiled one by one in processes of their own (jobs.py): over topologies
+(plot.py), or in search of the largest batch and the fastest layout (search.py).
 """

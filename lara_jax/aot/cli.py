@@ -7,6 +7,7 @@ lara aot --config configs/bridge_4b.py --topology v5p-64 --search --cache runs/a
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", type=int, metavar="N", help="of each data x fsdp piece, not data.batch_size")
     add("--search", action="store_true", help="find the largest batch and the fastest layout")
     add("--search-remat", metavar="A,B", help=f"of {', '.join(REMATS)}; all if not given")
-    add("--search-mesh", metavar="A,B", help="data x fsdp x tensor each, as in 1x16x1,2x4x2")
+    add("--search-mesh", metavar="A,B", help="data x fsdp x tensor each, as in 1x-1x1,2x4x2")
     add("--search-batch", type=int, metavar="N", help="no batch larger than this")
     add("--cache", type=Path, metavar="DIR", help="keeps reports, and takes them from there")
     add("--plot", type=Path, metavar="FILE", help="an SVG or PNG over the topologies")
@@ -77,18 +78,21 @@ def main(argv: Sequence[str]) -> int:
         _job(args, *slices_of(name, args.num_slices), split_overrides(rest), alone=not several[1:])
         for name in several
     ]
-    if args.search:
-        return _search(args, jobs)
-    if args.search_remat or args.search_mesh or args.search_batch:
+    if not args.search and (args.search_remat or args.search_mesh or args.search_batch):
         raise ValueError("--search-remat, --search-mesh and --search-batch need --search")
-    if len(jobs) == 1 and not args.cache and not args.plot:
+    if len(jobs) == 1 and not (args.search or args.cache or args.plot):
         [job] = jobs
         report = compile_recipe(
             job.recipe, job.topology, slices=job.slices, what=job.what, stage=job.stage
         )
         print(json.dumps(report.json()) if args.json else table(report))
         return 0
-    return _sweep(args, jobs)
+    try:
+        return _search(args, jobs) if args.search else _sweep(args, jobs)
+    except KeyboardInterrupt:
+        kept = f"; what was compiled is kept in {args.cache}" if args.cache else ""
+        print(f"lara aot: stopped{kept}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _job(
@@ -121,19 +125,20 @@ def _shape(job: Job) -> dict[str, int]:
 def _sweep(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
     """Every topology as the recipe is."""
     reports: list[dict[str, Any]] = []
-    with tqdm(jobs, unit="compile", file=sys.stderr) as bar:
-        for job in bar:
-            bar.set_postfix_str(f"{job.slices} x {job.topology.name}")
-            reports.append(compile_job(job, args.cache))
-            if args.json:
-                print(json.dumps(reports[-1]), flush=True)
-    if not args.json:
-        print(format_table(COLUMNS, [row(report) for report in reports]))
-        for error in _errors(reports):
-            print(error)
+    try:
+        with tqdm(jobs, unit="compile", file=sys.stderr) as bar:
+            for job in bar:
+                bar.set_postfix_str(f"{job.slices} x {job.topology.name}")
+                reports.append(compile_job(job, args.cache))
+                if args.json:
+                    print(json.dumps(reports[-1]), flush=True)
+    finally:
+        if not args.json:
+            rows = [row(report) for report in reports]
+            print("\n".join([format_table(COLUMNS, rows), *_errors(reports)]))
     if args.plot:
         plot_reports({Path(args.config).stem: reports}, args.plot)
-    return 1 if any("error" in report for report in reports) else 0
+    return int(any("error" in report for report in reports))
 
 
 def _search(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
@@ -142,32 +147,24 @@ def _search(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
         raise ValueError("--search is for --what train: a policy call has one row and one device")
     best: list[dict[str, Any]] = []
     for job in jobs:
-        tries: list[Try] = []
-        stopped = False
+        space, tries = space_of(args, job), list[Try]()
         try:
-            _look(args, job, tries)
-        except KeyboardInterrupt:
-            stopped = True
-        ordered = best_first(tries)
-        if args.json:
-            for one in ordered:
-                print(json.dumps(one.json()), flush=True)
-        elif tries:
-            print(summary(job, ordered))
-        if stopped:
-            where = f"; what was compiled is kept in {args.cache}" if args.cache else ""
-            print(f"lara aot: stopped{where}", file=sys.stderr)
-            return INTERRUPTED
-        best += [ordered[0].json()] if ordered[0].fits else []
+            _look(args, job, space, tries)
+        finally:
+            ordered = best_first(tries)
+            if args.json:
+                print("".join(f"{json.dumps(one.json())}\n" for one in ordered), end="")
+            else:
+                print(summary(job, ordered))
+        best += [one.json() for one in ordered[:1] if one.fits]
     if args.plot and best:
         plot_reports({Path(args.config).stem: best}, args.plot)
-    return 0 if len(best) == len(jobs) else 1
+    return int(len(best) < len(jobs))
 
 
-def _look(args: argparse.Namespace, job: Job, tries: list[Try]) -> None:
+def _look(args: argparse.Namespace, job: Job, space: Space, tries: list[Try]) -> None:
     """Searches one topology, and tells how it goes on standard error."""
     recipe = job.recipe
-    space = space_of(args, job)
     print(
         f"{job.slices} x {job.topology.name}: {space.layouts} layouts, about 3 compiles each, "
         f"{MOST} at most",
@@ -182,7 +179,7 @@ def _look(args: argparse.Namespace, job: Job, tries: list[Try]) -> None:
 
         for one in search(space, attempt):
             tries.append(one)
-            bar.update(int("peak_memory_bytes" in one.report and one.rows > 0))
+            bar.update(int(one.rows > 0))
             bar.write(_line(one), file=sys.stderr)
 
 
@@ -218,14 +215,13 @@ def space_of(args: argparse.Namespace, job: Job) -> Space:
 
 
 def _mesh(text: str, job: Job) -> Mesh:
-    sizes = text.split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"--search-mesh {text!r}; give data x fsdp x tensor, as in 1x16x1")
-    data, fsdp, tensor = (int(size) for size in sizes)
-    sharding.mesh_shape(data, fsdp, tensor, job.devices)
-    if data % job.slices:
-        raise ValueError(f"--search-mesh {text}: data must be a multiple of {job.slices} slices")
-    return data, fsdp, tensor
+    """Of a slice; data is then that of all of them."""
+    found = re.fullmatch(r"(-1|\d+)x(-1|\d+)x(-1|\d+)", text)
+    if not found:
+        raise ValueError(f"--search-mesh {text!r}; give data x fsdp x tensor, as in 1x-1x1")
+    data, fsdp, tensor = (int(size) for size in found.groups())
+    shape = sharding.mesh_shape(data, fsdp, tensor, job.topology.devices)
+    return shape["data"] * job.slices, shape["fsdp"], shape["tensor"]
 
 
 COLUMNS = ("slices", "mesh", "remat", "batch", "GiB", "of", "step ms", "samples/s", "MFU %", "GB")

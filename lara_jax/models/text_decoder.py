@@ -15,6 +15,7 @@ Source: Qwen3-VL technical report (q/k norm, GQA, interleaved M-RoPE, DeepStack)
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -151,12 +152,18 @@ class DecoderLayer(nn.Module):
         return x, new
 
 
-def decoder_layers(
-    layer: type[nn.Module], config: TextConfig, dtype: Any, implementation: str
-) -> Any:
-    """All layers as one module; `layer` is `DecoderLayer`, or that made to recompute its inside."""
-    in_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
-    return stack(layer, config.layers, in_axes)(config, dtype, implementation)
+def decoder_layers(layer: type[nn.Module], count: int) -> type[nn.Module]:
+    """The class of so many layers; `layer` is `DecoderLayer`, or that with its inside recomputed."""
+    return stack(layer, count, (0, 0, nn.broadcast, nn.broadcast, nn.broadcast))
+
+
+def cast_kernels(dtype: Any, variables: Any) -> Any:
+    """A tree of variables whose leaves called `kernel` have this dtype."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if "kernel" in jax.tree_util.keystr(path) else leaf
+
+    return jax.tree.map_with_path(cast, variables)
 
 
 def run_layers(
@@ -190,8 +197,13 @@ class TextDecoder(nn.Module):
             nn.with_logical_partitioning(EMBEDDING_INIT, ("vocab", "embed")),
             (cfg.vocab_size, cfg.width),
         )
-        layer = remat(DecoderLayer, self.remat)
-        self.layers = decoder_layers(layer, cfg, self.dtype, self.implementation)
+        layers = decoder_layers(remat(DecoderLayer, self.remat), cfg.layers)
+        # Kernels are cast all at once, so that their gradients stay stacked in the compute dtype
+        # until the passes over the decoder are summed, in float32.
+        layers = nn.map_variables(
+            layers, "params", partial(cast_kernels, self.dtype), init=self.is_initializing()
+        )
+        self.layers = layers(cfg, self.dtype, self.implementation)
         self.norm = rms_norm("embed", epsilon=cfg.norm_eps, dtype=self.dtype)
         if not cfg.tied_embeddings:
             self.lm_head = dense(cfg.vocab_size, ("embed", "vocab"), dtype=self.dtype)

@@ -15,6 +15,7 @@ pytest.importorskip("mujoco")
 from data_pipelines.cli import main
 from data_pipelines.make_tabletop import CollectConfig, demonstrate, make_dataset
 from data_pipelines.rlds.directory import Directory
+from data_pipelines.rlds.source import RldsSource
 from lara_jax.evals.tabletop import TabletopConfig, TabletopEnv
 from tests.data_pipelines.protobuf_reader import Example, read_split
 
@@ -64,6 +65,7 @@ def test_schema(version_directory: Path) -> None:
     assert found == {f"steps/{key}": value for key, value in STEP_FEATURES.items()}
     assert set(directory.features) - set(found) == {
         "episode_metadata/file_path",
+        "episode_metadata/family",
         "episode_metadata/success",
     }
     splits = tfds.builder_from_directory(version_directory).info.splits
@@ -135,12 +137,12 @@ def test_seed_changes_everything_and_splits_differ(version_directory: Path, tmp_
     assert train != contents(version_directory)["lara_tabletop-train.tfrecord-00000-of-00001"]
 
 
-def test_command_with_two_workers_writes_the_same_bytes(
+def test_command_with_four_workers_writes_the_same_bytes(
     version_directory: Path, tmp_path: Path, repository: Path
 ) -> None:
     code = "import sys; from data_pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--out", str(tmp_path), "--episodes", "3", "--val-episodes", "1"]
-    options = ["--image-size", "32", "--workers", "2", "--json"]
+    options = ["--image-size", "32", "--workers", "4", "--json"]
     result = subprocess.run(
         [sys.executable, "-c", code, "make-tabletop", *arguments, *options],
         cwd=repository,
@@ -156,6 +158,29 @@ def test_command_with_two_workers_writes_the_same_bytes(
     written = contents(Path(summary["path"]))
     assert set(written) == FILES
     assert written == contents(version_directory)
+
+
+def test_families_take_turns_and_both_cameras_are_written(tmp_path: Path) -> None:
+    arguments = ["make-tabletop", "--out", str(tmp_path), "--episodes", "4", "--val-episodes", "1"]
+    options = ["--families", "stack,two_stage", "--cameras", "primary,wrist", "--size", "16"]
+    assert main([*arguments, *options]) == 0
+    path = tmp_path / "lara_tabletop" / "1.0.0"
+    directory = Directory.read(path)
+    for key in ("image", "wrist_image"):
+        assert directory.feature(f"steps/observation/{key}").shape == (16, 16, 3)
+    records = read_split(directory, "train")
+    families = [record.text("episode_metadata/family")[0] for record in records]
+    assert families == ["stack", "two_stage"] * 2
+    said = [record.text("steps/language_instruction")[0] for record in records]
+    assert all(text.startswith("stack the ") for text in said[::2])
+    assert not any(text.startswith("stack the ") for text in said[1::2])
+    boxes = records[1].array("steps/reasoning/boxes")
+    subtasks = records[1].text("steps/reasoning/subtask")
+    moved = {text.split(" the ")[1] for text in subtasks if text.startswith("grasp")}
+    assert len(moved) == 2 and boxes.shape == (len(subtasks), 2, 4)  # two blocks, one at a time
+    source = RldsSource.read(path, "train")
+    assert source.cameras == ("image", "wrist_image")
+    assert source.spec.roles == {"primary": "image", "wrist": "wrist_image"}
 
 
 def test_command_prints_the_path_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +201,10 @@ def test_command_prints_the_path_last(tmp_path: Path, capsys: pytest.CaptureFixt
         (("--workers", "0"), "workers must be at least 1, got 0"),
         (("--seed", "-1"), "seed must not be negative"),
         (("--image-size", "4"), "at least 16"),
+        (("--families", "place,sweep"), "families: unknown 'sweep', allowed: place, stack"),
+        (("--families", "stack,stack"), "families must be one or more different names"),
+        (("--cameras", "primary,ceiling"), "cameras: unknown 'ceiling', allowed: primary, wrist"),
+        (("--cameras", "wrist"), "the first of cameras must be primary"),
     ],
 )
 def test_command_refuses(tmp_path: Path, option: tuple[str, str], message: str) -> None:

@@ -9,6 +9,8 @@ pytest.importorskip("mujoco")
 from gymnasium.utils.env_checker import check_env
 
 from lara_jax.evals.tabletop import (
+    FAMILIES,
+    SPLITS,
     TabletopConfig,
     TabletopEnv,
     episode_seed,
@@ -16,6 +18,7 @@ from lara_jax.evals.tabletop import (
 )
 from lara_jax.evals.tabletop.camera import visible_box
 from lara_jax.evals.tabletop.expert import motion_text
+from lara_jax.evals.tabletop.layout import sample_positions
 from lara_jax.evals.tabletop.scene import FINGER_TRAVEL_M
 
 SUBTASKS = (
@@ -50,7 +53,9 @@ def solve(env: TabletopEnv, seed: int) -> tuple[list[np.ndarray], list[np.ndarra
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")  # the state has no bounds
 def test_is_a_gymnasium_environment() -> None:
-    env: gymnasium.Env = TabletopEnv(TabletopConfig(render_size_px=32))
+    env: gymnasium.Env = TabletopEnv(
+        TabletopConfig(families=tuple(FAMILIES), cameras=("primary", "wrist"), render_size_px=32)
+    )
     check_env(env, skip_render_check=True)
     assert env.render().shape == (32, 32, 3)
 
@@ -68,7 +73,8 @@ def test_seed_gives_the_same_bytes_in_a_used_and_a_new_environment(env: Tabletop
 def test_expert_solves_and_names_its_subtasks_in_order(env: TabletopEnv, index: int) -> None:
     _, _, subtasks = solve(env, episode_seed(0, "eval", index))
     assert env.success
-    expected = [text.format(block=env.block, plate=env.plate) for text in SUBTASKS]
+    block, plate = (name.split("_")[0] for name in (env.moves[0].block, env.moves[0].target))
+    expected = [text.format(block=block, plate=plate) for text in SUBTASKS]
     assert list(dict.fromkeys(subtasks)) == expected
     assert 12 <= env.steps <= 35
 
@@ -118,15 +124,15 @@ def test_success_needs_an_open_gripper(env: TabletopEnv) -> None:
     assert not env.success
 
 
-@pytest.mark.parametrize("names", [("block", "plate"), ("plate", "block")])
-def test_boxes_hold_the_objects_colours(env: TabletopEnv, names: tuple[str, str]) -> None:
+@pytest.mark.parametrize("first", ["block", "target"])
+def test_boxes_hold_the_objects_colours(env: TabletopEnv, first: str) -> None:
     observation, _ = env.reset(seed=3)
-    row = ["block", "plate"].index(names[0])
-    x1, y1, x2, y2 = env.boxes()[row] * env.config.image_size_px
+    name = getattr(env.moves[0], first)
+    x1, y1, x2, y2 = env.boxes(name)[0] * env.config.image_size_px
     inside = observation["primary"][int(y1) : int(y2), int(x1) : int(x2)].astype(int)
     outside = observation["primary"].astype(int)
     outside[int(y1) : int(y2), int(x1) : int(x2)] = 128
-    colour = env.model.geom(f"{getattr(env, names[0])}_{names[0]}").rgba[:3]
+    colour = env.model.geom(name).rgba[:3]
 
     def alike(pixels: np.ndarray) -> int:
         hue = pixels / np.linalg.norm(pixels, axis=-1, keepdims=True).clip(1)
@@ -165,12 +171,14 @@ def test_motion_text(way_m: tuple[float, ...], gripper_change: float, text: str)
     assert motion_text(np.array(way_m), gripper_change) == text
 
 
-def test_objects_do_not_overlap(env: TabletopEnv) -> None:
+@pytest.mark.parametrize("split", ["train", "eval_positions"])
+def test_objects_do_not_overlap(split: str) -> None:
+    env = TabletopEnv(TabletopConfig(families=("place", "ordinal"), split=split, image_size_px=16))
     config = env.config
     for seed in range(20):
         env.reset(seed=seed)
-        block = [env.data.body(f"{colour}_block").xpos[:2] for colour in config.blocks]
-        plate = [env.data.body(f"{colour}_plate").xpos[:2] for colour in config.plates]
+        block = [env.centre_m(name)[:2] for name in env.block_names]
+        plate = [env.centre_m(f"{colour}_plate")[:2] for colour in SPLITS[split].plates]
         width = config.block_half_m * np.sqrt(2)
         assert np.linalg.norm(plate[0] - plate[1]) > 2 * config.plate_radius_m
         for index, position in enumerate(block):
@@ -198,8 +206,10 @@ def test_use_before_reset_and_unknown_options_raise() -> None:
     env = TabletopEnv()
     with pytest.raises(ValueError, match="reset before step"):
         env.step(STAY_OPEN)
-    with pytest.raises(ValueError, match="colour"):
+    with pytest.raises(ValueError, match="unknown reset options colour, allowed: family"):
         env.reset(seed=0, options={"colour": "red"})
+    with pytest.raises(ValueError, match="unknown family 'stack', allowed: place"):
+        env.reset(seed=0, options={"family": "stack"})
 
 
 @pytest.mark.parametrize(
@@ -207,9 +217,13 @@ def test_use_before_reset_and_unknown_options_raise() -> None:
     [
         ({"image_size_px": 8}, "at least 16"),
         ({"max_steps": 0}, "max_steps"),
-        ({"blocks": ("red", "pink")}, "blocks"),
-        ({"blocks": ("red", "red")}, "blocks"),
-        ({"plates": ()}, "plates"),
+        ({"families": ("place", "sweep")}, "families: unknown 'sweep', allowed: place, stack"),
+        ({"families": ("place", "place")}, "families must be one or more different"),
+        ({"families": ()}, "families must be one or more"),
+        ({"cameras": ("primary", "left")}, "cameras: unknown 'left', allowed: primary, wrist"),
+        ({"cameras": ("wrist", "primary")}, "first of cameras must be primary"),
+        ({"split": "test"}, "unknown split 'test', allowed: train, val, eval, eval_colours"),
+        ({"renderer": "vulkan"}, "unknown renderer 'vulkan', allowed: ray, gl"),
         ({"block_half_m": 0.05}, "block_half_m"),
         ({"plate_radius_m": 0.2}, "plate_radius_m"),
     ],
@@ -219,20 +233,21 @@ def test_bad_configs_raise(change: dict, message: str) -> None:
         TabletopConfig(**change)
 
 
-def test_a_scene_without_room_raises() -> None:
-    crowd = ("red", "green", "blue", "yellow", "purple")
-    with pytest.raises(ValueError, match="no room"):
-        TabletopEnv(TabletopConfig(blocks=crowd, plates=crowd, plate_radius_m=0.08)).reset(seed=0)
+def test_a_table_without_room_raises() -> None:
+    with pytest.raises(ValueError, match=r"no room for 4 blocks and 9 plates of radius 0\.08 m"):
+        sample_positions(
+            np.random.default_rng(0), plates=9, blocks=4, plate_radius_m=0.08, block_half_m=0.02
+        )
 
 
 def test_streams_have_their_own_seeds() -> None:
     seeds = {
         episode_seed(seed, stream, index)
         for seed in (0, 1)
-        for stream in ("train", "val", "eval")
+        for stream in SPLITS
         for index in range(50)
     }
-    assert len(seeds) == 300
+    assert len(seeds) == 100 * len(SPLITS)
     for wrong in (("test", 0, 0), ("eval", -1, 0), ("eval", 0, -1)):
         with pytest.raises(ValueError):
             episode_seed(wrong[1], wrong[0], wrong[2])
