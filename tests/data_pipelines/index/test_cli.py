@@ -28,7 +28,7 @@ def test_all_splits_as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     train, val = map(json.loads, out.splitlines())
     assert (train["split"], train["episodes"], train["rows"]) == ("train", 1, 4)
     assert (val["split"], val["rows"], val["folder"]) == ("val", 3, str(path / "lara_index/val"))
-    assert train["decoded"] and train["absent_cameras"] == []
+    assert train["decoded"] and train["absent_cameras"] == ["wrist_image"]
     assert set(train["filters"]) == {"pause", "no_language", "no_annotation", "failed", "bad_frame"}
     assert "episode/s" in err and "rows that filters would drop: pause " in err
 
