@@ -11,6 +11,7 @@ are all the same finite minimum. That is what the PyTorch reference computes at 
 expert reads those rows.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+Parts = tuple[jax.Array, ...]
 Implementation = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def attention(
     query: jax.Array,
-    key: jax.Array | tuple[jax.Array, ...],
-    value: jax.Array | tuple[jax.Array, ...],
+    key: jax.Array | Parts,
+    value: jax.Array | Parts,
     mask: jax.Array | None = None,
     *,
     implementation: str = "xla",
@@ -53,11 +55,10 @@ def attention(
         raise ValueError(
             f"attention implementation {implementation!r}; choose one of {tuple(IMPLEMENTATIONS)}"
         )
-    if query.shape[1] > 1 or implementation != "xla":
-        keys, values = ((jnp.concatenate(x, axis=1),) if len(x) > 1 else x for x in (keys, values))
-    if implementation == "xla":
-        return _xla(query, keys, values, mask)
-    return IMPLEMENTATIONS[implementation](query, keys[0], values[0], mask)
+    if query.shape[1] == 1 and implementation == "xla":
+        return _in_parts(query, keys, values, mask)
+    k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
+    return IMPLEMENTATIONS[implementation](query, k, v, mask)
 
 
 def additive(mask: jax.Array) -> jax.Array:
@@ -65,26 +66,25 @@ def additive(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
 
 
-def _xla(
-    q: jax.Array,
-    keys: tuple[jax.Array, ...],
-    values: tuple[jax.Array, ...],
-    mask: jax.Array | None,
-) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return _in_parts(q, (k,), (v,), mask)
+
+
+def _in_parts(q: jax.Array, keys: Parts, values: Parts, mask: jax.Array | None) -> jax.Array:
     B, T, N, H = q.shape
     K = keys[0].shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = [
+    parts = [
         jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k in keys
     ]
-    scores = jnp.concatenate(scores, axis=-1) * (1.0 / math.sqrt(H))
+    scores = jnp.concatenate(parts, axis=-1) * (1.0 / math.sqrt(H))
     if mask is not None:
         scores = scores + additive(mask)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
     ends = list(itertools.accumulate(k.shape[1] for k in keys))[:-1]
-    parts = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", part, v) for part, v in parts)
-    return out.reshape(B, T, N, H)
+    split = jnp.split(weights, ends, axis=-1)
+    seen = [jnp.einsum("BKGTS,BSKH->BTKGH", w, v) for w, v in zip(split, values, strict=True)]
+    return functools.reduce(jnp.add, seen).reshape(B, T, N, H)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -14,6 +14,7 @@ Letters: B rows, P prefix, K slots, D width, L layers.
 Source of the layout: arXiv 2211.05102, section 3.2.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,7 @@ def think(
 ) -> tuple[jax.Array, KeyValues]:
     """Runs the loop with the text decoder's variables, laid out over the mesh as above.
 
-    Where rows do not split over the mesh, or there is none, the compiler places the loop.
+    Where rows are not split, or do not split evenly, the compiler places the loop.
 
     Args:
       loop: unbound.
@@ -138,10 +139,10 @@ def think(
     run = partial(_run, loop, places)
     mesh = jax.sharding.get_abstract_mesh()
     axes = sharding.RULES["batch"]
-    rows = sharding.partition_spec(dict(mesh.shape), ("batch",), hidden.shape[:1])[0]
-    if mesh.empty or rows != axes:
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in axes}
+    rows = sharding.partition_spec(sizes, ("batch",), hidden.shape[:1])[0]
+    if rows != axes or math.prod(sizes.values()) == 1:
         return run(kernels, rest, *inputs)
-    sizes = {axis: mesh.shape[axis] for axis in axes}
     pieces = {
         path: sharding.partition_spec(sizes, ("layers", *place.names), kernels[path].shape)
         for path, place in places.items()

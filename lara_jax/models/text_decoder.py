@@ -153,7 +153,7 @@ class DecoderLayer(nn.Module):
 
 
 def decoder_layers(layer: type[nn.Module], count: int) -> type[nn.Module]:
-    """The class of so many layers; `layer` is `DecoderLayer`, or that with its inside recomputed."""
+    """The class of so many layers; `layer` is `DecoderLayer`, or one that recomputes its inside."""
     return stack(layer, count, (0, 0, nn.broadcast, nn.broadcast, nn.broadcast))
 
 
@@ -200,9 +200,8 @@ class TextDecoder(nn.Module):
         layers = decoder_layers(remat(DecoderLayer, self.remat), cfg.layers)
         # Kernels are cast all at once, so that their gradients stay stacked in the compute dtype
         # until the passes over the decoder are summed, in float32.
-        layers = nn.map_variables(
-            layers, "params", partial(cast_kernels, self.dtype), init=self.is_initializing()
-        )
+        if not self.is_initializing():
+            layers = nn.map_variables(layers, "params", partial(cast_kernels, self.dtype))
         self.layers = layers(cfg, self.dtype, self.implementation)
         self.norm = rms_norm("embed", epsilon=cfg.norm_eps, dtype=self.dtype)
         if not cfg.tied_embeddings:

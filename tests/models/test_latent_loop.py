@@ -75,7 +75,7 @@ params = jax.tree.map(lambda s: draw(*s.shape) / s.shape[-1]**0.5, nn.unbox(boxe
 low = lora.init_factors(params, axes, LoraConfig(rank=2, patterns=("*/q_proj/kernel",)),
                         jax.random.key(1))
 low = jax.tree.map(lambda x: x + 0.1 * draw(*x.shape), low)
-loop = LatentLoop(cfg, SLOTS, "post_norm", jnp.dtype("float32"), True, "xla")
+loop = LatentLoop(cfg, SLOTS, "pre_norm", jnp.dtype("float32"), True, "xla")
 past = (cfg.layers, ROWS, PREFIX, cfg.kv_heads, cfg.head_dim)
 rows = draw(ROWS, 1, cfg.width), KeyValues(draw(*past), draw(*past))
 valid = jnp.arange(PREFIX) >= jnp.arange(ROWS)[:, None] % 3
