@@ -21,9 +21,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
-from lara_jax import sharding
 from lara_jax.models import masks
 from lara_jax.models.layers import COLLECTIONS, LOOP_REMAT, rms_norm
 from lara_jax.models.tape import TAPE, Tape, blank
@@ -34,9 +34,10 @@ from lara_jax.models.text_decoder import (
     decoder_layers,
     run_layers,
 )
-from lara_jax.param_tree import flat, nested
+from lara_jax.sharding import RULES, partition_spec
 
 Variables = dict[str, Any]
+Path = tuple[str, ...]
 
 
 class LatentLoop(nn.Module):
@@ -132,19 +133,19 @@ def think(
     }
     inputs = hidden, prefix_kv, prefix_valid, positions
     _, recorded = jax.eval_shape(partial(loop.apply, mutable=[TAPE]), variables, *inputs)
-    places: dict[str, Tape] = flat(recorded[TAPE])
-    params = flat(variables["params"])
+    places: dict[Path, Tape] = flatten_dict(recorded[TAPE])
+    params = flatten_dict(variables["params"])
     kernels = {path: params.pop(path).astype(loop.dtype) for path in places}
-    rest = {**variables, "params": nested(params)}
+    rest = {**variables, "params": unflatten_dict(params)}
     run = partial(_run, loop, places)
     mesh = jax.sharding.get_abstract_mesh()
-    axes = sharding.RULES["batch"]
+    axes = RULES["batch"]
     sizes = {axis: mesh.shape.get(axis, 1) for axis in axes}
-    rows = sharding.partition_spec(sizes, ("batch",), hidden.shape[:1])[0]
+    rows = partition_spec(sizes, ("batch",), hidden.shape[:1])[0]
     if rows != axes or math.prod(sizes.values()) == 1:
         return run(kernels, rest, *inputs)
     pieces = {
-        path: sharding.partition_spec(sizes, ("layers", *place.names), kernels[path].shape)
+        path: partition_spec(sizes, ("layers", *place.names), kernels[path].shape)
         for path, place in places.items()
     }
     whole, first, second = PartitionSpec(), PartitionSpec(rows), PartitionSpec(None, rows)
@@ -160,8 +161,8 @@ def think(
 
 def _run(
     loop: LatentLoop,
-    places: dict[str, Tape],
-    kernels: dict[str, jax.Array],
+    places: dict[Path, Tape],
+    kernels: dict[Path, jax.Array],
     variables: Variables,
     hidden: jax.Array,
     *inputs: Any,
@@ -173,6 +174,6 @@ def _run(
         return jnp.zeros((steps, layers, len(hidden), *rest), shape.dtype)
 
     tape = {path: blank(kernels[path], jax.tree.map(zeros, places[path])) for path in places}
-    params = flat(variables["params"]) | jax.lax.stop_gradient(kernels)
-    variables = {**variables, "params": nested(params), TAPE: nested(tape)}
+    params = flatten_dict(variables["params"]) | jax.lax.stop_gradient(kernels)
+    variables = {**variables, "params": unflatten_dict(params), TAPE: unflatten_dict(tape)}
     return loop.apply(variables, hidden, *inputs)
