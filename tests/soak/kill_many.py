@@ -108,10 +108,13 @@ class Run:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(items)]
 
 
-def wait_for_save(run: Run, process: subprocess.Popen[bytes], number: int) -> None:
-    """Returns when the process writes its `number`-th checkpoint, or has ended."""
-    seen = run.being_written()
-    while number and process.poll() is None:
+def wait_for_save(run: Run, process: subprocess.Popen[bytes], number: int, steps: int) -> None:
+    """Returns when the process writes its `number`-th checkpoint, after so many steps, or its end.
+
+    A checkpoint that is written while this one does not get to run is not seen.
+    """
+    seen, most = run.being_written(), run.newest() + steps
+    while number and run.taken() < most and process.poll() is None:
         new = run.being_written() - seen
         seen |= new
         number -= len(new)
@@ -143,7 +146,8 @@ def kill_often(run: Run, kills: int, seed: int, window: tuple[float, int]) -> di
     for kill in range(kills):
         started, process = time.time(), run.start()
         if kill % 2:
-            wait_for_save(run, process, draw.randint(1, max(1, steps // EVERY_STEPS)))
+            number = draw.randint(1, max(1, steps // EVERY_STEPS))
+            wait_for_save(run, process, number, EVERY_STEPS * number + 2)
             time.sleep(draw.uniform(0, 0.05))
         else:
             wait_until(run, process, time.monotonic() + draw.uniform(0, seconds), steps)
