@@ -33,7 +33,7 @@ from lara_jax.models.action_expert import ActionExpert, ActionExpertConfig
 from lara_jax.models.attention import IMPLEMENTATIONS
 from lara_jax.models.latent_loop import LatentLoop, think
 from lara_jax.models.layers import COLLECTIONS, REMAT_POLICIES
-from lara_jax.models.text_decoder import KeyValues, TextConfig, TextDecoder
+from lara_jax.models.text_decoder import TextConfig, TextDecoder
 from lara_jax.models.vision_tower import VisionConfig, VisionFeatures, VisionTower
 from lara_jax.sharding import constrain
 
@@ -279,16 +279,32 @@ class LaraVLA(nn.Module):
         self, x: jax.Array, deepstack: jax.Array, suffix_ids: jax.Array, layout: "_Layout"
     ) -> jax.Array:
         """Prefix once, K slots in a scan, suffix once."""
-        P, K = x.shape[1], self.config.latent_slots
+        cfg = self.config
+        P, K = x.shape[1], cfg.latent_slots
         T = P + K + suffix_ids.shape[1]
         prefix, everything, suffix = slice(0, P), slice(0, T), slice(P + K, T)
         positions = layout.positions
         prefix_hidden, prefix_kv = self.text(
             x, positions[:, :, prefix], layout.mask(prefix, prefix), deepstack=deepstack
         )
-        slot_hidden, slot_kv = self._think(
-            prefix_hidden[:, -1:], prefix_kv, layout.valid[:, prefix], positions[:, :, P : P + K]
+        loop = LatentLoop(
+            config=cfg.text,
+            slots=K,
+            source=cfg.latent_source,
+            dtype=jnp.dtype(cfg.dtype),
+            recompute=cfg.remat != "none",
+            implementation=cfg.attention,
+            parent=None,
         )
+        slot_hidden, slot_kv = think(
+            loop,
+            nn.unbox({name: self.text.variables.get(name, {}) for name in COLLECTIONS}),
+            prefix_hidden[:, -1:],
+            prefix_kv,
+            layout.valid[:, prefix],
+            positions[:, :, P : P + K],
+        )
+        slot_hidden = constrain(slot_hidden, "batch", "slots", "embed")
         suffix_hidden, _ = self.text(
             self.text.embed(suffix_ids),
             positions[:, :, suffix],
@@ -296,28 +312,6 @@ class LaraVLA(nn.Module):
             past=(prefix_kv, slot_kv),
         )
         return jnp.concatenate([prefix_hidden, slot_hidden, suffix_hidden], axis=1)
-
-    def _think(
-        self,
-        hidden: jax.Array,
-        prefix_kv: KeyValues,
-        prefix_valid: jax.Array,
-        positions: jax.Array,
-    ) -> tuple[jax.Array, KeyValues]:
-        """`lara_jax.models.latent_loop.think` with the text decoder's variables."""
-        cfg = self.config
-        loop = LatentLoop(
-            config=cfg.text,
-            slots=cfg.latent_slots,
-            source=cfg.latent_source,
-            dtype=jnp.dtype(cfg.dtype),
-            recompute=cfg.remat != "none",
-            implementation=cfg.attention,
-            parent=None,
-        )
-        variables = nn.unbox({name: self.text.variables.get(name, {}) for name in COLLECTIONS})
-        hidden, kv = think(loop, variables, hidden, prefix_kv, prefix_valid, positions)
-        return constrain(hidden, "batch", "slots", "embed"), kv
 
     def _source(self, hidden: jax.Array) -> jax.Array:
         """Hidden states before the final norm -> those of `latent_source`."""
