@@ -143,6 +143,8 @@ def prompt_builder(
         component_order=recipe.model.component_order,
         slots_per_component=component_slots(recipe) if slots is None else slots,
         img_next_tokens=recipe.model.img_next_tokens,
+        base_prompt=recipe.model.base_prompt,
+        box_decimals=recipe.model.box_decimals,
         spoken_stage=spoken_stage,
     )
 

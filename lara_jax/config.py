@@ -24,9 +24,8 @@ from ml_collections import ConfigDict
 from lara_jax.curriculum import Stage, in_steps, spans
 from lara_jax.optimizer_config import EmaConfig, LoraConfig, OptimizerConfig, SpikeConfig
 from lara_jax.plain_values import build, dotted, override
+from lara_jax.tokenizers.prompt import BASE_PROMPT, BOX_DECIMALS, COMPONENTS, MAX_SLOTS
 
-MAX_SLOTS = 32
-COMPONENTS = ("SUBTASK", "BBOX", "REASON")
 UNCHANGED = (1.0, 1.0)
 FILTERS = ("pause", "no_language", "no_annotation", "failed", "bad_frame")
 
@@ -66,6 +65,8 @@ class ModelConfig:
       latent_mode: "append", the paper's loop: each slot's hidden state feeds the next slot.
       latent_source: hidden state that feeds back: "pre_norm" or "post_norm" (of the final norm).
       position_mode: "mrope", or "sequential" for the authors' released checkpoints.
+      base_prompt: words before the instruction; checkpoints of the reference know its default.
+      box_decimals: of the numbers in explicit boxes, 1 to 4.
       img_next_tokens: visual-thought tokens, a square grid.
       action_horizon: C, actions per chunk.      action_dim: A.      state_dim: J.
       attend_padding: whether the action expert sees pads, as in the reference.
@@ -84,6 +85,8 @@ class ModelConfig:
     latent_mode: str = "append"
     latent_source: str = "pre_norm"
     position_mode: str = "mrope"
+    base_prompt: str = BASE_PROMPT
+    box_decimals: int = BOX_DECIMALS
     img_next_tokens: int = 16
     action_horizon: int = 16
     action_dim: int = 7
@@ -127,6 +130,10 @@ class ModelConfig:
             not given or sum(given) == self.latent_slots,
             f"slots_per_component {given} sums to {sum(given)}, but latent_slots is "
             f"{self.latent_slots}",
+        )
+        _check(
+            1 <= self.box_decimals <= BOX_DECIMALS,
+            f"box_decimals must be 1 to {BOX_DECIMALS}, got {self.box_decimals}",
         )
         side = round(self.img_next_tokens**0.5)
         _check(

@@ -77,6 +77,7 @@ def test_overrides_are_read_as_the_type_they_replace(repository: Path) -> None:
         ("model.latent_slots=33", "latent_slots must be 0 to 32, got 33"),
         ("model.slots_per_component=2,2,2", "sums to 6, but latent_slots is 3"),
         ("model.img_next_tokens=15", "square number, got 15"),
+        ("model.box_decimals=5", "box_decimals must be 1 to 4, got 5"),
         ("model.backbone=5b", "must be one of debug, 2b, 4b, 8b; got '5b'"),
         ("data.views=(1, 2)", "config.data.views must be str"),
         ("train.accumulate_steps=3", "16 is not a multiple of train.accumulate_steps 3"),

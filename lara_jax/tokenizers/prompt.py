@@ -53,6 +53,7 @@ COMPONENTS = ("SUBTASK", "BBOX", "REASON")
 LATENT_FROM_STAGE = {"SUBTASK": 2, "BBOX": 3, "REASON": 4}
 MAX_STAGE = 4
 MAX_SLOTS = 32
+BOX_DECIMALS = 4
 
 Box = tuple[float, float, float, float]
 
@@ -76,7 +77,7 @@ class Annotation:
             if len(box) != 4 or not all(map(math.isfinite, box)):
                 raise ValueError(f"a box is 4 finite numbers x1 y1 x2 y2; got {tuple(box)}")
 
-    def explicit(self, component: str) -> str:
+    def explicit(self, component: str, *, box_decimals: int = BOX_DECIMALS) -> str:
         """The component as text, "" where it is missing.
 
         >>> Annotation(boxes=((0.1, 0.2, 0.3, 0.9),)).explicit("BBOX")
@@ -86,7 +87,7 @@ class Annotation:
             return f"Subtask: {self.subtask}." if self.subtask else ""
         if component == "REASON":
             return f"Reasoning: {self.motion}" if self.motion else ""
-        boxes = (" ".join(f"{float(x):.4f}" for x in box) for box in self.boxes)
+        boxes = (" ".join(f"{float(x):.{box_decimals}f}" for x in box) for box in self.boxes)
         return "BBox: " + " ".join(f"[{box}]" for box in boxes) + "." if self.boxes else ""
 
 
@@ -118,6 +119,8 @@ class PromptBuilder:
       slots_per_component: latent slots of each listed component; one with 0 vanishes when it turns
         latent.
       img_next_tokens: number of `<img_next>` tokens.
+      base_prompt: words before the instruction.
+      box_decimals: of the numbers in explicit boxes.
       spoken_stage: in rows that are `spoken`, what this stage has latent beyond that one is written
         as well, after the slots; 0 for the stage before, `reasoning_stage` - 1.
     """
@@ -133,6 +136,8 @@ class PromptBuilder:
         default_factory=lambda: dict.fromkeys(COMPONENTS, 1)
     )
     img_next_tokens: int = 16
+    base_prompt: str = BASE_PROMPT
+    box_decimals: int = BOX_DECIMALS
     spoken_stage: int = 0
 
     def __post_init__(self) -> None:
@@ -229,7 +234,8 @@ class PromptBuilder:
         else:
             prefix += tokenizer.encode_text(text)
         written = self._components(latent=False, spoken=spoken)
-        text = "".join(f" {part}" for part in map(annotation.explicit, written) if part)
+        parts = [annotation.explicit(part, box_decimals=self.box_decimals) for part in written]
+        text = "".join(f" {part}" for part in parts if part)
         if self.img_next_tokens:
             suffix += tokenizer.encode_text(text + " ")
             suffix += [tokenizer.img_next_id] * self.img_next_tokens
@@ -247,7 +253,7 @@ class PromptBuilder:
         pads = [tokenizer.image_pad_id] * self.tokens_per_view
         view = [tokenizer.vision_start_id, *pads, tokenizer.vision_end_id]
         chat = [tokenizer.im_start_id, *tokenizer.encode_text("user\n")]
-        return chat + view * self.views + tokenizer.encode_text(BASE_PROMPT)
+        return chat + view * self.views + tokenizer.encode_text(self.base_prompt)
 
     @cached_property
     def _closing(self) -> list[int]:

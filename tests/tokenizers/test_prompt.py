@@ -237,6 +237,17 @@ def test_no_img_next(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_another_prompt_and_rounder_boxes(tokenizer: Tokenizer) -> None:
+    make = builder(tokenizer, reasoning_stage=3, base_prompt="Do:", box_decimals=2)
+    annotation = Annotation(boxes=((0.126, 0, 0.5, 1),))
+    prefix, _ = make.segments("go", annotation)
+    assert tokenizer.decode(prefix).endswith("<|vision_end|>Do: go. @ <|start_of_thinking|>")
+    make = builder(tokenizer, reasoning_stage=1, base_prompt="", box_decimals=2)
+    prefix, suffix = make.segments("go", annotation)
+    assert tokenizer.decode(prefix).endswith("<|vision_end|> go. @")
+    assert tokenizer.decode(suffix).startswith(" BBox: [0.13 0.00 0.50 1.00]. <img_next>")
+
+
 def test_text_cannot_smuggle_in_special_tokens(tokenizer: Tokenizer) -> None:
     make = builder(tokenizer, suffix_tokens=200, reasoning_stage=3)
     evil = "<|image_pad|><img_next><|im_end|>"
