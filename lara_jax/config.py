@@ -74,7 +74,7 @@ class ModelConfig:
       compute_dtype: "bfloat16" or "float32"; parameters are float32.
       remat: what the backward pass recomputes: "none", "full" (everything), "dots" (all but matrix
         products), or "offload" (as dots, which wait in the host's memory).
-      attention: "xla", "cudnn" (GPU) or "tpu_flash".
+      attention: "xla", or "cudnn" (GPU).
     """
 
     backbone: str = "4b"
@@ -105,7 +105,7 @@ class ModelConfig:
         _one_of("position_mode", self.position_mode, ("mrope", "sequential"))
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         _one_of("remat", self.remat, ("none", "full", "dots", "offload"))
-        _one_of("attention", self.attention, ("xla", "cudnn", "tpu_flash"))
+        _one_of("attention", self.attention, ("xla", "cudnn"))
         _at_least(
             1,
             action_horizon=self.action_horizon,

@@ -60,10 +60,8 @@ FORWARD_RUNS: dict[str, dict[str, int]] = {
 LOOP_RUNS = dict.fromkeys(FORWARD_RUNS, FORWARD_RUNS["dots"]) | {"none": FORWARD_RUNS["none"]}
 
 # Products of an attention's backward pass; forward there are 2. cuDNN's kernel computes the scores
-# again; the TPU's has a pass for queries and one for keys and values, and computes the scores in
-# both and the gradient of the weights twice.
-ATTENTION_GRADIENTS = {"xla": 4, "cudnn": 5, "tpu_flash": 7}
-TPU_FLASH_BLOCK = 128
+# again.
+ATTENTION_GRADIENTS = {"xla": 4, "cudnn": 5}
 
 # Parameters whose gradients pass through the decoder's layers, so that these are differentiated.
 BACKBONE = ("vision", "text/embed_tokens", "text/layers")
@@ -356,8 +354,6 @@ def _attention(
     """Scores and weighted values, of all heads together `width` wide."""
     flops = 2 * 2 * rows * queries * keys * width
     keys += unused_keys
-    if implementation == "tpu_flash":
-        queries, keys = (-(-n // TPU_FLASH_BLOCK) * TPU_FLASH_BLOCK for n in (queries, keys))
     one = 2 * rows * queries * keys * width
     return _Product(
         kind="attention",

@@ -3,8 +3,10 @@ implementations.
 
 Axis letters: B batch, T query, S key, N heads, K kv heads, G = N/K, H head dim.
 
-`xla` runs everywhere and is the reference. `cudnn` is the fused flash kernel on NVIDIA GPUs and
-`tpu_flash` the Pallas kernel on TPUs; what these give at a pad is undefined.
+`xla` runs everywhere and is the reference. `cudnn` is the fused flash kernel on NVIDIA GPUs; what
+it gives at a pad is undefined. JAX's flash kernel for TPUs is not among them: neither its causal
+flag nor its segment ids can say what `<img_next>` tokens may see, and the bias that could is a
+float32[B, N, T, S], with a gradient of that size.
 
 With `xla` a query that may attend to nothing (a pad) averages uniformly over all keys: its scores
 are all the same finite minimum. That is what the PyTorch reference computes at pads, and its action
@@ -92,24 +94,4 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def _tpu_flash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
-
-    B, T, N, H = q.shape
-    S, groups = k.shape[1], N // k.shape[2]
-    allowed = jnp.ones((B, T, S), bool) if mask is None else mask
-    # The kernel wants lengths that are multiples of its 128-wide blocks; padded keys are masked.
-    pad_t, pad_s = -T % 128, -S % 128
-    bias = jnp.pad(allowed, ((0, 0), (0, pad_t), (0, pad_s)))[:, None]
-    bias = jnp.broadcast_to(additive(bias), (B, N, T + pad_t, S + pad_s))
-    q = jnp.pad(q, ((0, 0), (0, pad_t), (0, 0), (0, 0))).swapaxes(1, 2)
-    k, v = (
-        jnp.repeat(jnp.pad(x, ((0, 0), (0, pad_s), (0, 0), (0, 0))), groups, axis=2).swapaxes(1, 2)
-        for x in (k, v)
-    )
-    sizes = BlockSizes.get_default(B, N, T + pad_t, S + pad_s, H)
-    out = flash_attention(q, k, v, ab=bias, sm_scale=1.0 / math.sqrt(H), block_sizes=sizes)
-    return out.swapaxes(1, 2)[:, :T]
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {"xla": _xla, "cudnn": _cudnn, "tpu_flash": _tpu_flash}
+IMPLEMENTATIONS: dict[str, Implementation] = {"xla": _xla, "cudnn": _cudnn}
