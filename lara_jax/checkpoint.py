@@ -365,6 +365,11 @@ def load_average(directory: str | Path, step: int | None = None) -> dict[str, An
     return _read_part(find(directory, step), "training", "ema")
 
 
+def load_teacher(directory: str | Path, step: int | None = None) -> dict[str, Any] | None:
+    """The teacher's vision tower, read as `load_average` reads the average."""
+    return _read_part(find(directory, step), "training", "teacher")
+
+
 def load_factors(directory: str | Path, step: int | None = None) -> dict[str, Any] | None:
     """The low-rank factors among the parameters, as NumPy arrays; None where there are none.
 

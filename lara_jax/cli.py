@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": ("lara_jax.train", "main", "train a recipe; run again, it resumes"),
-    "eval": ("lara_jax.evals.rollout", "main", "roll a policy out in a simulator, count successes"),
+    "eval": ("lara_jax.evals.cli", "main", "count successes in a simulator, or action errors"),
+    "serve": ("lara_jax.serving.cli", "main", "answer robots over a websocket"),
     "report": ("lara_jax.evals.run_report", "main", "write a page about a run: curves, errors"),
     "export": ("lara_jax.interop.convert", "export_main", "write a checkpoint for PyTorch"),
     "import": ("lara_jax.interop.convert", "import_main", "make a checkpoint of PyTorch weights"),

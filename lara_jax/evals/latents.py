@@ -70,6 +70,21 @@ def nearest(imagined: np.ndarray, features: np.ndarray) -> np.ndarray:
     """
     if imagined.shape != features.shape:
         raise ValueError(f"imagined is {list(imagined.shape)}, features {list(features.shape)}")
+    return nearest_of(imagined, features)
+
+
+def nearest_of(imagined: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The frame whose features are nearest to each imagined one, by mean absolute difference.
+
+    Args:
+      imagined: float[N, ...].
+      features: float[M, ...] of M frames, of the same shape each.
+
+    Returns:
+      int64[N], numbers of frames.
+    """
+    if imagined.shape[1:] != features.shape[1:]:
+        raise ValueError(f"imagined is {list(imagined.shape)}, features {list(features.shape)}")
     flat = features.reshape(len(features), -1).astype(np.float32)
     rows = imagined.reshape(len(imagined), -1).astype(np.float32)
     return np.array([np.abs(flat - row).mean(axis=1).argmin() for row in rows], np.int64)

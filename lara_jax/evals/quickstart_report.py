@@ -19,14 +19,13 @@ import numpy as np
 from data_pipelines.sampling import StepSource
 from lara_jax import checkpoint
 from lara_jax.data import open_mixture, statistics_from_dict
-from lara_jax.evals.offline import ActionError, compare
+from lara_jax.evals.demonstrations import ALL, demonstrated
+from lara_jax.evals.offline import ActionError
 from lara_jax.evals.report import format_table, loss_table, plot_losses, read_curves
 from lara_jax.evals.rollout import ChunkPolicy
 from lara_jax.inference.policy import Policy
 
 SAMPLES = 200
-# What a policy is told at the start of an episode, where nothing was executed before.
-NO_MOTION_OPEN = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)
 
 
 def held_out_error(
@@ -50,25 +49,8 @@ def held_out_error(
     Returns:
       By name: "policy", "mean action", "previous action".
     """
-    chosen = np.unique(np.linspace(0, len(source) - 1, samples).astype(int))
-    items = [source[index] for index in chosen]
-    observations = [
-        dict(zip(source.views, item["images"], strict=True))
-        | {"state": item["state"], "instruction": item["instruction"]}
-        for item in items
-    ]
-    chunks = []
-    for start in range(0, len(items), batch_size):
-        some = observations[start : start + batch_size]
-        padded = some + some[:1] * (batch_size - len(some))
-        chunks.append(np.asarray(policy(padded))[: len(some)])
-    return compare(
-        np.concatenate(chunks),
-        np.stack([item["actions"] for item in items]),
-        np.stack([item["action_mask"].all(axis=-1) for item in items]),
-        previous=np.stack([_previous_action(source, number) for number in chosen]),
-        mean=mean,
-    )
+    found = demonstrated(policy, source, samples=samples, rows=batch_size)
+    return found.errors(mean)[ALL]
 
 
 def error_table(errors: Mapping[str, ActionError]) -> str:
@@ -102,13 +84,6 @@ def result_sentence(
         f"{mm['policy']} a step, against {mm['mean action']} for the mean action and "
         f"{mm['previous action']} for the previous action."
     )
-
-
-def _previous_action(source: StepSource, number: int) -> np.ndarray:
-    """The demonstrated action before a step, float32[7]."""
-    row = source.row(number)
-    at_start = row == source.index.episode_of(row)["first_row"]
-    return NO_MOTION_OPEN if at_start else source.index.actions[row - 1]
 
 
 def main(argv: Sequence[str]) -> int:

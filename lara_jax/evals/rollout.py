@@ -1,30 +1,27 @@
 """Closed-loop evaluation: a policy acts in a simulator, and we count how often it solves the task.
 
-One loop. E environments go in lock-step, so that the policy answers a whole batch per call::
+One loop for every suite. E lanes (`lara_jax.evals.workers`) go in lock-step, so that the policy
+answers a whole batch per call::
 
     E observations -> policy -> chunks float32[E, C, A] -> the first few actions of each -> ...
 
-Every episode starts from its own fixed seed, and an environment that is done waits for the others.
-The number of observations per call never changes (a jitted policy compiles once): environments that
-are done, or not needed in the last round, repeat an observation, and their answers are ignored.
+Every episode starts from its own fixed seed; a lane whose episode is over begins the next one. Lane
+n is row n of the batch, and the number of rows never changes (a jitted policy compiles once): rows
+of lanes that have nothing left to do repeat an observation, and their answers are ignored. So what
+happens depends on the policy, the trials and E, and not on how many processes step the lanes.
 """
 
-import argparse
-import json
-import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.sampling import parse_view
-from lara_jax.evals.report import format_table, save_gif
-from lara_jax.evals.tabletop import TabletopConfig, TabletopEnv, episode_seed
+from lara_jax.evals.suites import Trial
+from lara_jax.evals.workers import Act, Begin, Lanes, Report
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -37,26 +34,39 @@ class ChunkPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Episode:
-    """One episode: its seed and instruction, whether the task was solved, in how many steps.
+    """One episode.
 
-    `frames` holds uint8[R, R, 3] images, first to last, where they were asked for.
+    Attributes:
+      trial: task, number and seed.
+      instruction: what the policy was told.
+      success, steps: whether the task was solved, in how many steps.
+      phase: the furthest that it came to, where the suite says so.
+      seconds: wall time, which it shares with the lanes beside it.
+      frames: uint8[R, R, 3] for people, first to last, where they were asked for.
+      asked: when the policy was asked, where that was kept: steps before, and the observation.
+      seen: the watched camera's frame before each step and after the last, where they were kept.
     """
 
-    seed: int
+    trial: Trial
     instruction: str
     success: bool
     steps: int
+    phase: str = ""
+    seconds: float = 0.0
     frames: tuple[np.ndarray, ...] = ()
+    asked: tuple[tuple[int, Any], ...] = ()
+    seen: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """All episodes of an evaluation, and the wall time of each call of the policy."""
+    """Episodes of an evaluation, and the wall time of each call of the policy and of the whole."""
 
     episodes: tuple[Episode, ...]
-    call_seconds: tuple[float, ...]
+    call_seconds: tuple[float, ...] = ()
+    seconds: float = 0.0
 
     @property
     def successes(self) -> int:
@@ -74,9 +84,22 @@ class Rollouts:
         return wilson_interval(self.successes, len(self.episodes))
 
     @property
+    def steps_mean(self) -> float:
+        """Mean number of steps of an episode."""
+        return float(np.mean([episode.steps for episode in self.episodes]))
+
+    @property
     def latency_ms_p50(self) -> float:
         """Median wall time of one call of the policy, without the first, which compiles."""
         return float(np.median(self.call_seconds[1:] or self.call_seconds)) * 1e3
+
+    def by_task(self) -> dict[str, "Rollouts"]:
+        """The episodes of each task, in order of appearance; calls and time are those of all."""
+        tasks = dict.fromkeys(episode.trial.task for episode in self.episodes)
+        return {
+            task: replace(self, episodes=tuple(e for e in self.episodes if e.trial.task == task))
+            for task in tasks
+        }
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -103,207 +126,143 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, float(centre - spread)), min(1.0, float(centre + spread))
 
 
+class FirstOfEach:
+    """Says of an episode whether it is one of its task's first that failed, or that were solved."""
+
+    def __init__(self, *, failed: int, solved: int) -> None:
+        self._most = {False: failed, True: solved}
+        self._counts: Counter[tuple[str, bool]] = Counter()
+
+    def __call__(self, episode: Episode) -> bool:
+        kind = (episode.trial.task, episode.success)
+        self._counts[kind] += 1
+        return self._counts[kind] <= self._most[episode.success]
+
+
 def rollout(
     policy: ChunkPolicy,
-    envs: Sequence[gymnasium.Env[Any, np.ndarray]],
-    seeds: Sequence[int],
+    lanes: Lanes,
+    trials: Sequence[Trial],
     *,
     execute_steps: int,
-    views: Sequence[str] = (),
-    record_episodes: int = 0,
+    film_episodes: int = 0,
+    keep: Callable[[Episode], bool] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
 ) -> Rollouts:
-    """Runs one episode per seed.
+    """Runs episodes.
 
     Args:
       policy: is asked for a chunk whenever its last one has been executed.
-      envs: E environments whose `terminated` means solved; they run in lock-step.
-      seeds: of the episodes.
+      lanes: where environments are stepped.
+      trials: the episodes.
       execute_steps: how many actions of each chunk are executed.
-      views: those the policy reads; for one such as "primary@-2" it is given the primary frame of
-        two steps earlier, None before the episode.
-      record_episodes: of so many first episodes the frames are kept.
+      film_episodes: of so many first episodes `frames` are made.
+      keep: whether `asked` and `seen` of an episode stay, once it is over; by default, of none.
+      on_episode: is told of each episode as it ends.
 
     Returns:
-      The episodes, in the order of the seeds.
+      The episodes, in the order of the trials.
 
     Raises:
-      ValueError: there is no environment or seed, or a chunk has the wrong shape or is too short.
+      ValueError: there is no trial, a chunk has the wrong shape, is too short or not finite, or an
+        environment refuses an action.
+      ChildProcessError: a process that steps lanes has died.
     """
-    if not envs or not seeds or execute_steps < 1:
+    if not trials or execute_steps < 1:
         raise ValueError(
-            "need at least one environment, one seed and one step to execute, "
-            f"got {len(envs)}, {len(seeds)} and {execute_steps}"
+            "need at least one episode and one step to execute, "
+            f"got {len(trials)} and {execute_steps}"
         )
-    episodes: list[Episode] = []
+    waiting = deque(enumerate(trials))
+    episodes: dict[int, Episode] = {}
     call_seconds: list[float] = []
-    with tqdm(total=len(seeds), desc="rollouts", unit="episode") as progress:
-        for start in range(0, len(seeds), len(envs)):
-            runs = [
-                _Run(env, seed, views=views, record=start + offset < record_episodes)
-                for offset, (env, seed) in enumerate(
-                    zip(envs, seeds[start : start + len(envs)], strict=False)
-                )
-            ]
-            while not all(run.over for run in runs):
-                observations = [run.observation for run in runs]
-                observations += observations[:1] * (len(envs) - len(runs))
-                began = time.perf_counter()
-                chunks = np.asarray(policy(observations))
-                call_seconds.append(time.perf_counter() - began)
-                _check_chunks(chunks, len(envs), execute_steps)
-                for run, chunk in zip(runs, chunks, strict=False):
-                    progress.update(run.execute(chunk[:execute_steps]))
-            episodes += [run.episode() for run in runs]
-    return Rollouts(episodes=tuple(episodes), call_seconds=tuple(call_seconds))
+    runs: dict[int, _Run] = {}
+    began = time.perf_counter()
+    with tqdm(total=len(trials), desc="rollouts", unit="episode") as progress:
+        while waiting or runs:
+            free = [lane for lane in range(lanes.count) if lane not in runs]
+            begun = {lane: waiting.popleft() for lane in free[: len(waiting)]}
+            begins = {
+                lane: Begin(trial=trial, film=number < film_episodes)
+                for lane, (number, trial) in begun.items()
+            }
+            for lane, report in lanes.run(begins).items():
+                runs[lane] = _Run(*begun[lane], report)
+
+            asked = {lane: run.ask() for lane, run in runs.items()}
+            filling = asked[min(asked)]
+            observations = [asked.get(lane, filling) for lane in range(lanes.count)]
+            called = time.perf_counter()
+            chunks = np.asarray(policy(observations))
+            call_seconds.append(time.perf_counter() - called)
+            _check_chunks(chunks, runs, lanes.count, execute_steps)
+            acts = {lane: Act(actions=chunks[lane, :execute_steps]) for lane in runs}
+            for lane, report in lanes.run(acts).items():
+                run = runs[lane]
+                run.take(report)
+                if report.over:
+                    episode = runs.pop(lane).episode(keep)
+                    episodes[run.number] = episode
+                    progress.update()
+                    if on_episode is not None:
+                        on_episode(episode)
+    return Rollouts(
+        episodes=tuple(episodes[number] for number in range(len(trials))),
+        call_seconds=tuple(call_seconds),
+        seconds=time.perf_counter() - began,
+    )
 
 
 class _Run:
-    """One episode under way in one environment."""
+    """An episode under way, as its lane reports it."""
 
-    def __init__(
-        self, env: gymnasium.Env[Any, np.ndarray], seed: int, *, views: Sequence[str], record: bool
-    ) -> None:
-        self._env = env
-        earlier = {view: parse_view(view) for view in views}
-        self._earlier = {view: (key, steps) for view, (key, steps) in earlier.items() if steps}
-        self._seen: list[Any] = []
-        self._seed = seed
-        self._record = record
-        self._steps = 0
-        self._success = False
-        self.over = False
-        self._observe(env.reset(seed=seed)[0])
+    def __init__(self, number: int, trial: Trial, report: Report) -> None:
+        self.number, self.trial = number, trial
+        self._asked: list[tuple[int, Any]] = []
         self._frames: list[np.ndarray] = []
-        self._keep_frame()
+        self._seen: list[np.ndarray] = []
+        self._began = time.perf_counter()
+        self.take(report)
 
-    def execute(self, actions: np.ndarray) -> bool:
-        """Executes actions until they or the episode end; True if the episode ended just now."""
-        for action in () if self.over else actions:
-            observation, _, self._success, truncated, _ = self._env.step(action)
-            self._observe(observation)
-            self._steps += 1
-            self._keep_frame()
-            if self._success or truncated:
-                self.over = True
-                return True
-        return False
+    def take(self, report: Report) -> None:
+        """Takes a report in."""
+        self.report = report
+        self._frames += report.film
+        self._seen += report.seen
 
-    def episode(self) -> Episode:
+    def ask(self) -> Any:
+        """The observation that the policy is asked with."""
+        self._asked.append((self.report.steps, self.report.observation))
+        return self.report.observation
+
+    def episode(self, keep: Callable[[Episode], bool] | None) -> Episode:
         """The result."""
-        return Episode(
-            seed=self._seed,
-            instruction=self.observation["instruction"],
-            success=self._success,
-            steps=self._steps,
+        episode = Episode(
+            trial=self.trial,
+            instruction=str(self.report.observation["instruction"]),
+            success=self.report.success,
+            steps=self.report.steps,
+            phase=self.report.phase,
+            seconds=time.perf_counter() - self._began,
             frames=tuple(self._frames),
         )
-
-    def _observe(self, observation: Any) -> None:
-        """Takes in what the environment shows, and adds the frames of earlier steps."""
-        longest = max((steps for _, steps in self._earlier.values()), default=0)
-        self._seen = [*self._seen[-longest:], observation] if longest else []
-        history = {
-            view: self._seen[-1 - steps][key] if steps < len(self._seen) else None
-            for view, (key, steps) in self._earlier.items()
-        }
-        self.observation = {**observation, **history}
-
-    def _keep_frame(self) -> None:
-        if self._record:
-            self._frames.append(np.asarray(self._env.render()))
+        if keep is None or not keep(episode):
+            return episode
+        return replace(episode, asked=tuple(self._asked), seen=tuple(self._seen))
 
 
-def _check_chunks(chunks: np.ndarray, count: int, execute_steps: int) -> None:
+def _check_chunks(
+    chunks: np.ndarray, runs: dict[int, _Run], count: int, execute_steps: int
+) -> None:
     if chunks.ndim != 3 or len(chunks) != count:
         raise ValueError(f"the policy must return [{count}, C, A] actions, got {chunks.shape}")
     if chunks.shape[1] < execute_steps:
         raise ValueError(
             f"cannot execute {execute_steps} actions of chunks that have {chunks.shape[1]}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suite:
-    """A family of environments: the name of its task, and how to make one for an image size."""
-
-    task: str
-    make_env: Callable[[int], gymnasium.Env[Any, np.ndarray]]
-
-
-def _tabletop(image_size_px: int) -> TabletopEnv:
-    return TabletopEnv(TabletopConfig(image_size_px=image_size_px))
-
-
-SUITES: dict[str, Suite] = {"tabletop": Suite(task="place", make_env=_tabletop)}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `lara eval`; with `--json` one object per suite and task on standard output."""
-    arguments = _parser().parse_args(argv)
-    if arguments.suite not in SUITES:
-        raise ValueError(f"unknown suite {arguments.suite!r}, available: {', '.join(SUITES)}")
-    if min(arguments.episodes, arguments.parallel) < 1:
-        raise ValueError(
-            f"--episodes and --parallel must be at least 1, "
-            f"got {arguments.episodes} and {arguments.parallel}"
-        )
-    suite = SUITES[arguments.suite]
-    # Imported here because only the command line knows about models.
-    from lara_jax.inference.policy import Policy
-
-    policy = Policy.from_workdir(
-        arguments.workdir, latent_slots=arguments.latent_slots, dataset=arguments.dataset
-    )
-    parallel = min(arguments.parallel, arguments.episodes)
-    result = rollout(
-        policy,
-        [suite.make_env(arguments.image_size) for _ in range(parallel)],
-        [episode_seed(arguments.seed, "eval", index) for index in range(arguments.episodes)],
-        execute_steps=arguments.execute_steps,
-        views=policy.views,
-        record_episodes=arguments.gif_episodes if arguments.gif else 0,
-    )
-    low, high = result.interval
-    summary = {
-        "suite": arguments.suite,
-        "task": suite.task,
-        "episodes": len(result.episodes),
-        "successes": result.successes,
-        "success_rate": result.success_rate,
-        "ci_low": low,
-        "ci_high": high,
-        "latent_slots": policy.latent_slots,
-        "latency_ms_p50": result.latency_ms_p50,
-    }
-    if arguments.gif:
-        save_gif(arguments.gif, [_captioned(episode) for episode in result.episodes])
-    if arguments.json:
-        print(json.dumps({**summary, "parallel": parallel}))
-    else:
-        print(format_table(list(summary), [list(summary.values())]))
-    print(f"one call of the policy serves {parallel} environments", file=sys.stderr)
-    return 0
-
-
-def _captioned(episode: Episode) -> tuple[Sequence[np.ndarray], str]:
-    verdict = "solved" if episode.success else "not solved"
-    return episode.frames, f"{episode.instruction}\n{verdict}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lara eval", description="Closed-loop success rate.")
-    parser.add_argument("--workdir", required=True, type=Path, help="directory of a training run")
-    parser.add_argument("--suite", default="tabletop", help=f"one of: {', '.join(SUITES)}")
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--latent-slots", type=int, help="K (default: as trained)")
-    parser.add_argument("--dataset", help="whose statistics to act with, after a mixture")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the episodes")
-    parser.add_argument(
-        "--execute-steps", type=int, default=4, help="actions executed of each chunk"
-    )
-    parser.add_argument("--parallel", type=int, default=10, help="environments in lock-step")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--gif", type=Path, help="where to save an animation of the first episodes")
-    parser.add_argument("--gif-episodes", type=int, default=4, help="how many it shows")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser
+    for lane, run in runs.items():
+        if not np.isfinite(chunks[lane]).all():
+            raise ValueError(
+                f"{run.trial}, step {run.report.steps}: the policy's actions must be finite, got "
+                f"{chunks[lane].tolist()}"
+            )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.frames import resize
-from data_pipelines.statistics import normalizers
+from data_pipelines.statistics import DatasetStatistics, normalizers
 from lara_jax import assemble
 from lara_jax.augment import evaluation_crop
 from lara_jax.batch import Batch
@@ -33,7 +33,7 @@ from lara_jax.image_processing import ImageConfig
 from lara_jax.models.lara_vla import LaraVLA
 from lara_jax.tokenizers.prompt import PromptBuilder, split_slots
 from lara_jax.train_step import acting_params, model_inputs
-from lara_jax.transforms import Normalizer, pad_state
+from lara_jax.transforms import pad_state
 
 Observation = Mapping[str, Any]
 
@@ -48,6 +48,11 @@ class Policy:
       dataset: whose robot it acts for: its statistics scale states and actions. None where the
         policy was trained on one dataset.
       seed: of the flow's noise; call n of a policy draws from (seed, n).
+
+    Attributes:
+      recipe, tokenizer, params: what it was made of; `images`: how frames become patches.
+      statistics: of the data of the robot that it acts for.
+      views: the frames that an observation has.
 
     Raises:
       ValueError: the last stage of the curriculum speaks its reasoning (it would have to be
@@ -64,7 +69,7 @@ class Policy:
         seed: int = 0,
     ) -> None:
         recipe = info.recipe
-        self._recipe = recipe
+        self.recipe = recipe
         self._stage = recipe.stages[-1]
         if self._stage.reasoning_stage in (1, 2, 3):
             raise ValueError(
@@ -72,7 +77,7 @@ class Policy:
                 f"write; "
                 "train a last stage with reasoning_stage 0 or 4"
             )
-        self._tokenizer = assemble.tokenizer_from_text(info.tokenizer)
+        self.tokenizer = assemble.tokenizer_from_text(info.tokenizer)
         self._slots = assemble.component_slots(recipe)
         if latent_slots is not None and self._stage.reasoning_stage == 0:
             raise ValueError(
@@ -81,10 +86,11 @@ class Policy:
             )
         if latent_slots is not None:
             self._slots = split_slots(latent_slots, recipe.model.component_order)
-        self._action, self._state = _normalizers(info, dataset)
+        self.statistics = _statistics(info, dataset)
+        self._action, self._state = normalizers(self.statistics)
         self.views = recipe.data.views
-        self._images = assemble.image_config(recipe)
-        self._params = jax.device_put(params)
+        self.images = assemble.image_config(recipe)
+        self.params = jax.device_put(params)
         self._key, self._calls = jax.random.key(seed), 0
         self._prompts: dict[tuple[int, int], PromptBuilder] = {}
 
@@ -111,6 +117,14 @@ class Policy:
         """K in use."""
         return sum(self._slots.values()) if self._stage.reasoning_stage else 0
 
+    def check_instruction(self, instruction: str, image_px: tuple[int, int]) -> None:
+        """Whether there is room for an instruction beside frames of (height, width).
+
+        Raises:
+          ValueError: there is not.
+        """
+        self._prompt(image_px)(instruction)
+
     def __call__(self, observations: Sequence[Observation]) -> np.ndarray:
         """Acts on several observations at once; compiles anew when their number changes.
 
@@ -126,17 +140,22 @@ class Policy:
           ValueError: a view is missing, or a frame or state has the wrong shape or type, or is not
             finite.
         """
-        batch = self._batch(observations)
+        batch = self.batch(observations)
         key = jax.random.fold_in(self._key, self._calls)
         self._calls += 1
-        model = LaraVLA(
-            assemble.model_config(self._recipe, self._tokenizer, latent_slots=self.latent_slots)
-        )
-        chunks = act(model, self._images, self._recipe.augment, self._params, batch, key)
+        chunks = act(self.model, self.images, self.recipe.augment, self.params, batch, key)
         return self._action.unnormalize(np.asarray(chunks)[..., : len(self._action.modes)])
 
-    def _batch(self, observations: Sequence[Observation]) -> Batch:
-        model = self._recipe.model
+    @property
+    def model(self) -> LaraVLA:
+        """The network, with the slots in use."""
+        return LaraVLA(
+            assemble.model_config(self.recipe, self.tokenizer, latent_slots=self.latent_slots)
+        )
+
+    def batch(self, observations: Sequence[Observation]) -> Batch:
+        """What the network is given of observations; called as above."""
+        model = self.recipe.model
         frames, view_mask = map(np.stack, zip(*map(self._frames, observations), strict=True))
         rows = len(observations)
         prompt = self._prompt(frames.shape[2:4])
@@ -173,7 +192,7 @@ class Policy:
                 raise ValueError(
                     f"view {view!r} must be uint8[H, W, 3], got {frame.dtype}{list(frame.shape)}"
                 )
-        size = self._recipe.data.frame_px
+        size = self.recipe.data.frame_px
         if size:
             frames = [resize(frame, (size[0], size[1])) for frame in frames]
         images = np.zeros((len(given), *frames[0].shape), np.uint8)
@@ -191,8 +210,8 @@ class Policy:
         height, width = image_size
         if (height, width) not in self._prompts:
             self._prompts[height, width] = assemble.prompt_builder(
-                self._recipe,
-                self._tokenizer,
+                self.recipe,
+                self.tokenizer,
                 self._stage,
                 views=len(self.views),
                 image_size=(height, width),
@@ -201,8 +220,8 @@ class Policy:
         return self._prompts[height, width]
 
 
-def _normalizers(info: RunInfo, dataset: str | None) -> tuple[Normalizer, Normalizer]:
-    """Of actions and of states, as the run has used them for a dataset."""
+def _statistics(info: RunInfo, dataset: str | None) -> DatasetStatistics:
+    """Of the dataset to act for, as the run has used them."""
     statistics = statistics_from_dict(info.statistics)
     known = ", ".join(sorted(statistics))
     if not statistics:
@@ -215,7 +234,7 @@ def _normalizers(info: RunInfo, dataset: str | None) -> tuple[Normalizer, Normal
     name = next(iter(statistics)) if dataset is None else dataset
     if name not in statistics:
         raise ValueError(f"the policy was not trained on dataset {name!r}, but on: {known}")
-    return normalizers(statistics[name])
+    return statistics[name]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

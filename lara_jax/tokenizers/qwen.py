@@ -50,6 +50,7 @@ _CANDIDATE = re.compile(r"<[^<>\s]+>")
 # stands between such cuts can be encoded and cached by itself.
 _WORD_START = re.compile(r"(?<=[!-~])(?= )")
 _CACHED_WORDS = 65_536
+_CACHED_CHARACTERS = 32  # a stranger's text may be of endless long words: those are not kept
 
 
 def action_token(index: int) -> str:
@@ -136,7 +137,8 @@ class Tokenizer:
         """Ids of plain text; names of special tokens in it are ordinary characters."""
         ids: list[int] = []
         for word in _WORD_START.split(text):
-            ids += self._encode_word(word)
+            cached = self._encode_word
+            ids += cached(word) if len(word) <= _CACHED_CHARACTERS else cached.__wrapped__(word)
         return ids
 
     def encode(self, text: str) -> list[int]:

@@ -10,13 +10,9 @@ from data_pipelines.index.build import build_index
 from data_pipelines.index.format import Index
 from data_pipelines.make_tabletop import CollectConfig, make_dataset
 from data_pipelines.sampling import StepSource
+from lara_jax.evals.demonstrations import NO_MOTION_OPEN
 from lara_jax.evals.offline import ActionError
-from lara_jax.evals.quickstart_report import (
-    NO_MOTION_OPEN,
-    error_table,
-    held_out_error,
-    result_sentence,
-)
+from lara_jax.evals.quickstart_report import error_table, held_out_error, result_sentence
 from lara_jax.evals.tabletop import TabletopConfig
 
 HORIZON = 4

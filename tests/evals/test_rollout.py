@@ -1,35 +1,34 @@
 """The closed loop: a perfect policy succeeds, an idle one fails, and the numbers are right."""
 
-import importlib
-import json
-import sys
-import types
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("mujoco")
 
-from lara_jax.evals.rollout import main, rollout, wilson_interval
+from lara_jax.evals.rollout import Episode, FirstOfEach, Rollouts, rollout, wilson_interval
+from lara_jax.evals.suites import Trial, trials
 from lara_jax.evals.tabletop import TabletopConfig, TabletopEnv, episode_seed, expert_step
+from lara_jax.evals.workers import LaneConfig, Lanes
+from tests.evals.counting import REFUSES, Counting, ones
 
-SEEDS = [episode_seed(0, "eval", index) for index in range(5)]
-KEYS = {
-    "suite",
-    "task",
-    "episodes",
-    "successes",
-    "success_rate",
-    "ci_low",
-    "ci_high",
-    "latent_slots",
-    "latency_ms_p50",
-}
+
+class Given:
+    """A suite of environments that the test looks into."""
+
+    name, tasks, step_limit = "given", ("place",), 1000
+
+    def __init__(self, envs: Sequence[TabletopEnv]) -> None:
+        self._envs: Iterator[gymnasium.Env[Any, np.ndarray]] = iter(envs)
+
+    def make_env(self, task: str) -> gymnasium.Env[Any, np.ndarray]:
+        return next(self._envs)
+
+    def trial(self, task: str, index: int) -> Trial:
+        return Trial(task=task, index=index, seed=episode_seed(0, "eval", index))
 
 
 def expert_policy(envs: Sequence[TabletopEnv]) -> Any:
@@ -46,24 +45,12 @@ def idle_policy(observations: Sequence[Any]) -> np.ndarray:
     return np.zeros((len(observations), 8, 7), np.float32)
 
 
-class Counter(gymnasium.Env):
-    """Solved once its actions sum up to its seed; the observation tells the sum."""
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        self.goal, self.total = seed, 0.0
-        return {"instruction": f"count to {seed}", "total": 0.0}, {}
-
-    def step(self, action: np.ndarray) -> Any:
-        self.total += float(action[0])
-        observation = {"instruction": f"count to {self.goal}", "total": self.total}
-        return observation, 0.0, self.total == self.goal, self.total > 20, {}
-
-    def render(self) -> np.ndarray:
-        return np.full((4, 4, 3), int(self.total), np.uint8)
-
-
-def ones(observations: Sequence[Any]) -> np.ndarray:
-    return np.ones((len(observations), 4, 1), np.float32)
+def counted(policy: Any, goals: tuple[int, ...], lanes: int = 1, **options: Any) -> Rollouts:
+    """Counting to goals, a few at a time."""
+    suite = Counting(goals)
+    views = options.pop("views", ())
+    with Lanes(LaneConfig(suite=suite, views=views, watch="primary"), lanes) as open_lanes:
+        return rollout(policy, open_lanes, trials(suite, len(goals)), **options)
 
 
 def test_frames_of_earlier_steps_are_views_of_their_own() -> None:
@@ -74,27 +61,40 @@ def test_frames_of_earlier_steps_are_views_of_their_own() -> None:
         seen.extend((o["total"], o["total@-3"]) for o in observations)
         return np.ones((len(observations), 2, 7), np.float32)
 
-    rollout(policy, [Counter()], [8], execute_steps=2, views=("total", "total@-3"))
-    assert seen == [(0.0, None), (2.0, None), (4.0, 1.0), (6.0, 3.0)]
+    counted(policy, (8, 4), execute_steps=2, views=("total", "total@-3"))
+    assert seen[:4] == [(0.0, None), (2.0, None), (4.0, 1.0), (6.0, 3.0)]
+    # The second episode starts without a past.
+    assert seen[4:] == [(0.0, None), (2.0, None)]
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_the_expert_succeeds_through_the_policys_interface(parallel: int) -> None:
-    envs = [TabletopEnv() for _ in range(parallel)]
-    seeds = SEEDS if parallel == 2 else SEEDS[:2]
-    result = rollout(expert_policy(envs), envs, seeds, execute_steps=1)
-    assert [episode.seed for episode in result.episodes] == seeds
-    assert result.successes == len(seeds) and result.success_rate == 1
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_expert_succeeds_through_the_policys_interface(lanes: int) -> None:
+    envs = [TabletopEnv(TabletopConfig(image_size_px=16)) for _ in range(lanes)]
+    suite = Given(envs)
+    chosen = trials(suite, 5 if lanes == 2 else 2)
+    with Lanes(LaneConfig(suite=suite), lanes) as open_lanes:
+        result = rollout(expert_policy(envs), open_lanes, chosen, execute_steps=1)
+    assert [episode.trial for episode in result.episodes] == chosen
+    assert result.successes == len(chosen) and result.success_rate == 1
     assert all(10 <= episode.steps <= 35 for episode in result.episodes)
 
 
 def test_an_idle_policy_fails_and_runs_out_of_steps() -> None:
-    envs = [TabletopEnv(TabletopConfig(max_steps=10)) for _ in range(2)]
-    result = rollout(idle_policy, envs, SEEDS[:3], execute_steps=4)
+    config = TabletopConfig(image_size_px=16, max_steps=10)
+    suite = Given([TabletopEnv(config) for _ in range(2)])
+    with Lanes(LaneConfig(suite=suite), 2) as lanes:
+        result = rollout(idle_policy, lanes, trials(suite, 3), execute_steps=4)
     assert result.successes == 0
     assert [episode.steps for episode in result.episodes] == [10] * 3
     assert len(result.call_seconds) == 2 * 3  # two rounds of ceil(10 / 4) calls
     assert result.interval[0] == 0 and 0 < result.interval[1] < 1
+
+
+def test_the_suites_step_limit_ends_an_episode() -> None:
+    suite = Counting((18,), step_limit=6)
+    with Lanes(LaneConfig(suite=suite), 1) as lanes:
+        result = rollout(ones, lanes, trials(suite, 1), execute_steps=4)
+    assert (result.episodes[0].steps, result.episodes[0].success) == (6, False)
 
 
 def test_stops_at_success_and_asks_again_after_the_executed_steps() -> None:
@@ -104,15 +104,42 @@ def test_stops_at_success_and_asks_again_after_the_executed_steps() -> None:
         seen.append([observation["total"] for observation in observations])
         return ones(observations)
 
-    result = rollout(policy, [Counter(), Counter()], [5, 2, 30], execute_steps=3, record_episodes=1)
+    result = counted(policy, (5, 2, 30), lanes=2, execute_steps=3, film_episodes=1)
     assert [episode.success for episode in result.episodes] == [True, True, False]
     assert [episode.steps for episode in result.episodes] == [5, 2, 21]
-    # The second is done after 2 steps and waits; the last round has one episode, yet two rows.
-    assert seen[:3] == [[0, 0], [3, 2], [0, 0]]
-    assert seen[3:] == [[3 * turn, 3 * turn] for turn in range(1, 7)]
+    # The second lane is done after 2 steps and begins the third episode; the first lane has nothing
+    # left to do after its fifth step, and its row repeats the other's.
+    assert seen[:2] == [[0, 0], [3, 0]]
+    assert seen[2:] == [[3 * turn, 3 * turn] for turn in range(1, 7)]
     assert [int(frame[0, 0, 0]) for frame in result.episodes[0].frames] == [0, 1, 2, 3, 4, 5]
     assert result.episodes[1].frames == ()
     assert result.episodes[1].instruction == "count to 2"
+    assert result.episodes[2].phase == "at 21"
+
+
+def test_what_the_policy_saw_is_kept_of_chosen_episodes() -> None:
+    keep, told = FirstOfEach(failed=1, solved=1), []
+    result = counted(
+        ones, (3, 30, 2, 30), execute_steps=2, keep=keep, on_episode=lambda e: told.append(e)
+    )
+    solved, failed, *others = result.episodes
+    assert [(step, o["total"]) for step, o in solved.asked] == [(0, 0), (2, 2)]
+    assert [int(frame[0, 0, 0]) for frame in solved.seen] == [0, 1, 2, 3]
+    assert len(failed.seen) == 22
+    assert all(other.asked == other.seen == () for other in others)
+    assert [episode.steps for episode in told] == [3, 21, 2, 21]
+
+
+def test_episodes_are_counted_by_task() -> None:
+    def episode(task: str, *, success: bool) -> Episode:
+        trial = Trial(task=task, index=0, seed=0)
+        return Episode(trial=trial, instruction="", success=success, steps=4)
+
+    episodes = (episode("a", success=True), episode("b", success=True), episode("a", success=False))
+    parts = Rollouts(episodes=episodes, call_seconds=(9.0, 0.1, 0.3)).by_task()
+    assert list(parts) == ["a", "b"]
+    assert (parts["a"].successes, parts["a"].success_rate, parts["b"].success_rate) == (1, 0.5, 1)
+    assert parts["b"].latency_ms_p50 == pytest.approx(200)
 
 
 @pytest.mark.parametrize(
@@ -135,76 +162,34 @@ def test_impossible_counts_raise(successes: int, trials: int) -> None:
         wilson_interval(successes, trials)
 
 
+def not_finite(observations: Sequence[Any]) -> np.ndarray:
+    return np.where([[[o["total"] >= 4]] for o in observations], np.nan, ones(observations))
+
+
 @pytest.mark.parametrize(
-    ("policy", "envs", "seeds", "execute_steps", "message"),
+    ("policy", "lanes", "goals", "execute_steps", "message"),
     [
-        (ones, 1, [1], 5, "execute 5 actions"),
-        (ones, 1, [1], 0, "at least one"),
-        (ones, 1, [], 1, "at least one"),
-        (ones, 0, [1], 1, "at least one"),
-        (lambda observations: np.zeros((1, 7)), 1, [1], 1, r"\[1, C, A\]"),
-        (lambda observations: np.zeros((1, 4, 7)), 2, [1, 2], 1, r"\[2, C, A\]"),
+        (ones, 1, (1,), 5, "execute 5 actions"),
+        (ones, 1, (1,), 0, "at least one"),
+        (ones, 1, (), 1, "at least one"),
+        (ones, 0, (1,), 1, "at least 1 environment"),
+        (lambda observations: np.zeros((1, 7)), 1, (1,), 1, r"\[1, C, A\]"),
+        (lambda observations: np.zeros((1, 4, 7)), 2, (1, 2), 1, r"\[2, C, A\]"),
+        (not_finite, 1, (2, 9), 4, r"count episode 1, step 4: .*must be finite, got \[\[nan"),
+        (ones, 1, (1, REFUSES), 4, "count episode 1, step 0: no counting on Sundays"),
     ],
 )
 def test_wrong_use_raises(
-    policy: Any, envs: int, seeds: list[int], execute_steps: int, message: str
+    policy: Any, lanes: int, goals: tuple[int, ...], execute_steps: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        rollout(policy, [Counter() for _ in range(envs)], seeds, execute_steps=execute_steps)
+        counted(policy, goals, lanes, execute_steps=execute_steps)
 
 
-@pytest.fixture
-def idle_workdir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A directory whose policy stays where it is."""
-
-    class Policy:
-        latent_slots = 3
-        views = ("primary",)
-
-        @classmethod
-        def from_workdir(
-            cls, workdir: Path, *, latent_slots: int | None, dataset: str | None
-        ) -> "Policy":
-            assert workdir == tmp_path and dataset is None
-            policy = cls()
-            policy.latent_slots = 3 if latent_slots is None else latent_slots
-            return policy
-
-        def __call__(self, observations: Sequence[Any]) -> np.ndarray:
-            return idle_policy(observations)
-
-    module = types.ModuleType("lara_jax.inference.policy")
-    module.Policy = Policy  # type: ignore[attr-defined]
-    importlib.import_module("lara_jax.inference")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return tmp_path
-
-
-def test_main_prints_one_json_object_and_saves_a_gif(
-    idle_workdir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gif = idle_workdir / "rollout.gif"
-    arguments = ["--workdir", str(idle_workdir), "--suite", "tabletop", "--episodes", "3"]
-    options = ["--latent-slots", "1", "--gif", str(gif), "--gif-episodes", "1", "--parallel", "2"]
-    options += ["--image-size", "16"]
-    assert main([*arguments, *options, "--json"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    result = json.loads(line)
-    assert set(result) >= KEYS
-    assert result["suite"] == "tabletop" and result["task"] == "place"
-    assert result["episodes"] == 3 and result["successes"] == 0 and result["success_rate"] == 0
-    assert result["latent_slots"] == 1 and result["latency_ms_p50"] > 0
-    with Image.open(gif) as animation:
-        assert animation.size == (256, 296)  # one episode, though three were run
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--suite", "kitchen", "unknown suite 'kitchen', available: tabletop"),
-        ("--episodes", "0", "at least 1"),
-    ],
-)
-def test_main_refuses(option: str, value: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        main(["--workdir", "nowhere", option, value])
+def test_an_action_of_another_size_is_refused_with_the_episodes_name() -> None:
+    suite = Given([TabletopEnv(TabletopConfig(image_size_px=16))])
+    with (
+        Lanes(LaneConfig(suite=suite), 1) as lanes,
+        pytest.raises(ValueError, match=r"place episode 0, step 0: .*\(7,\), got \(6,\)"),
+    ):
+        rollout(lambda o: np.zeros((1, 8, 6)), lanes, trials(suite, 1), execute_steps=1)

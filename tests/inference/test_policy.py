@@ -123,7 +123,7 @@ def test_a_view_has_to_be_there_but_may_be_none():
         Policy(info(), params())([seen])
     data = dataclasses.replace(RECIPE.data, views=("wrist", "primary"), prefix_tokens=160)
     recipe = dataclasses.replace(RECIPE, data=data)
-    batch = Policy(dataclasses.replace(info(), recipe=recipe), params())._batch(
+    batch = Policy(dataclasses.replace(info(), recipe=recipe), params()).batch(
         [observation() | {"wrist": None}, observation(1) | {"wrist": observation(2)["primary"]}]
     )
     np.testing.assert_array_equal(batch.view_mask, [[False, True], [True, True]])

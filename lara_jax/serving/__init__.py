@@ -1,0 +1,1 @@
+"""A policy behind a websocket: the server, its protocols, and a client that needs only NumPy."""
