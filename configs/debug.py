@@ -26,29 +26,32 @@ def get_config() -> ConfigDict:
         explicit=15,
         latent=(20, 20, 20),
         action=65,
-        suffix_tokens=(168, 152, 120, 88, 32),
+        suffix_tokens=(140, 124, 108, 76, 8),
     )
-    config.stages.pretrain = pretrain_stage(suffix_tokens=112)
+    config.stages.pretrain = pretrain_stage(suffix_tokens=100)
     config.train.stages = ("explicit", "latent_3", "action")
 
     config.model.backbone = "debug"
     config.model.expert = "debug"
+    config.model.base_prompt = ""  # half of the tokens of a prefix of 64 px frames
+    config.model.box_decimals = 2  # 0.6 px
+    config.model.img_next_tokens = 4
     config.model.action_horizon = 8
     config.model.compute_dtype = "float32"
     config.model.remat = "none"
     config.model.dropout = 0.0
 
-    config.data.batch_size = 16
+    config.data.batch_size = 64
     config.data.num_threads = 2
-    config.data.prefix_tokens = 96
+    config.data.prefix_tokens = 56
     config.data.resize_px = (64, 64)
     config.data.min_pixels = 64 * 64
 
     config.teacher.resize_px = ()
 
-    config.optimizer.base_rate = 1e-3
-    config.optimizer.backbone_rate = 1e-3
-    config.optimizer.expert_rate = 1e-3
+    config.optimizer.base_rate = 3e-3
+    config.optimizer.backbone_rate = 3e-3
+    config.optimizer.expert_rate = 8e-3
     config.optimizer.final_rate = 1e-5
     config.optimizer.weight_decay = 1e-4
 

@@ -80,7 +80,7 @@ def test_overrides_are_read_as_the_type_they_replace(repository: Path) -> None:
         ("model.box_decimals=5", "box_decimals must be 1 to 4, got 5"),
         ("model.backbone=5b", "must be one of debug, 2b, 4b, 8b; got '5b'"),
         ("data.views=(1, 2)", "config.data.views must be str"),
-        ("train.accumulate_steps=3", "16 is not a multiple of train.accumulate_steps 3"),
+        ("train.accumulate_steps=3", "64 is not a multiple of train.accumulate_steps 3"),
         ("train.stages=explicit,sleep", "train.stages names"),
         ("teacher.enabled=false", "teacher.enabled is False"),
         ("stages.explicit.action_weight=1.0", "trains='full'"),

@@ -52,6 +52,7 @@ def modules_after(imports: str, root: Path) -> set[str]:
         "lara_jax.train",
         "lara_jax.checkpoint",
         "lara_jax.inference.policy",
+        "lara_jax.serving.server",
         "lara_jax.evals.rollout",
         "lara_jax.interop.hf_keys",
         "data_pipelines.loader",

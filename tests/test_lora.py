@@ -187,6 +187,7 @@ def run(name, steps, devices, mesh):
         "lora.rank=4", "lora.patterns=text/*_proj/kernel", "ema.decay=0.5",
         "optimizer.groups=({'name': 'tower', 'patterns': ('vision/*',), 'freeze': True},)",
         "optimizer.epsilon=1e-2", "optimizer.warmup_fraction=0", "optimizer.final_rate=1e-3",
+        *(f"optimizer.{part}_rate=1e-3" for part in ("base", "backbone", "expert")),
         "checkpoint.every_steps=2", "log.every_steps=1",
     ])
     return train.train(recipe, workdir / name)

@@ -73,7 +73,7 @@ class ActionExpertConfig:
 
 # Source: DiT-B and DiT-L of the reference's action header.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "debug": dict(width=128, heads=4, head_dim=32, layers=4, hidden=128, future_tokens=8),
+    "debug": dict(width=64, heads=4, head_dim=16, layers=4, hidden=128, future_tokens=4),
     "B": dict(width=768, heads=12, head_dim=64, layers=16, hidden=1024),
     "L": dict(width=1536, heads=32, head_dim=48, layers=16, hidden=1024),
 }

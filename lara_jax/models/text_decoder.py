@@ -57,7 +57,7 @@ class TextConfig:
 # Source: Qwen/Qwen3-VL-{2B,4B,8B}-Instruct config.json.
 VARIANTS: dict[str, dict[str, Any]] = {
     "debug": dict(
-        width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=256, mrope_section=(6, 5, 5)
+        width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=128, mrope_section=(3, 3, 2)
     ),
     "2b": dict(width=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144),
     "4b": dict(width=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728),

@@ -85,7 +85,7 @@ class VisionConfig:
 # Source: Qwen/Qwen3-VL-{2B,4B,8B}-Instruct config.json. `out_width` follows the text decoder.
 VARIANTS: dict[str, dict[str, Any]] = {
     "debug": dict(
-        depth=3, width=96, heads=4, mlp=192, patch_size=8, position_table=8, deepstack_layers=(0, 1)
+        depth=3, width=64, heads=4, mlp=128, patch_size=8, position_table=8, deepstack_layers=(0, 1)
     ),
     "2b": dict(depth=24, width=1024, heads=16, mlp=4096),
     "4b": dict(depth=24, width=1024, heads=16, mlp=4096),

@@ -221,7 +221,7 @@ def test_a_killed_pass_goes_on_and_ends_the_same(
     # 25 chunks of 4 episodes; killed in the 17th, 15 were saved.
     assert index_statistics(index, stride=stride) == expected
     assert updates == [120] * 2 * 10
-    assert not partial.exists() and capsys.readouterr().err == ""
+    assert not partial.exists() and "from the start" not in capsys.readouterr().err
 
     for damage in (left[:-1], left[:40], b"", left.replace(b"PK", b"KP", 1)):
         cache.unlink()

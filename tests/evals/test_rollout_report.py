@@ -96,7 +96,7 @@ def test_thoughts_are_those_of_the_policy() -> None:
     )
     best = policy.tokenizer.decode([int(logits[0, 1].argmax())]).strip()
     assert thoughts[2].words[1].startswith(best)
-    imagined = gather_block(found.hidden, found.img_next, 16)[0]
+    imagined = gather_block(found.hidden, found.img_next, policy.recipe.model.img_next_tokens)[0]
     vision = policy.params["vision"]
     rows = [policy.batch([{**shown.asked[0][1], "primary": frame}] * 2) for frame in shown.seen]
     features = [see(policy.model, policy.recipe, vision, row)[0] for row in rows]

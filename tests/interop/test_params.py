@@ -75,10 +75,10 @@ def test_layers_and_heads_land_where_they_belong(params: Tree) -> None:
     text, expert = params["text"], params["action_expert"]
     k_proj = state[f"{PREFIX}model.language_model.layers.2.self_attn.k_proj.weight"]
     kernel = text["layers"]["attn"]["k_proj"]["kernel"]
-    np.testing.assert_array_equal(k_proj[32 + 7], kernel[2, :, 1, 7])
+    np.testing.assert_array_equal(k_proj[16 + 7], kernel[2, :, 1, 7])
     qkv = state[f"{PREFIX}model.visual.blocks.1.attn.qkv.weight"]
     kernel = params["vision"]["blocks"]["attn"]["qkv"]["kernel"]
-    np.testing.assert_array_equal(qkv[2 * 96 + 3 * 24 + 5], kernel[1, :, 2, 3, 5])
+    np.testing.assert_array_equal(qkv[2 * 64 + 3 * 16 + 5], kernel[1, :, 2, 3, 5])
     to_q = state["action_model.model.transformer_blocks.3.attn1.to_q.bias"]
     np.testing.assert_array_equal(to_q, expert["blocks"]["self"]["attn"]["to_q"]["bias"][1].ravel())
     square = state["action_model.model.proj_out_2.weight"]
@@ -125,8 +125,8 @@ def test_every_misfit_is_listed(abstract: Tree, params: Tree) -> None:
         *(f"missing {key} " for key in gone),
         "unexpected action_model.critic.weight (2, 3)",
         "unexpected qwen_vl_interface.visual_ema.pos_embed.weight (4, 5)",
-        f"wrong shape {norm}: (7,) in the source, (128,) in the model",
-        f"wrong shape {wide}: (5, 128) in the source, (128, 128) in the model",
+        f"wrong shape {norm}: (7,) in the source, (64,) in the model",
+        f"wrong shape {wide}: (5, 128) in the source, (128, 64) in the model",
         f"wrong dtype {count}: int64",
     ):
         assert any(line.strip().startswith(expected) for line in lines), expected
@@ -146,7 +146,7 @@ def test_vocabulary_grows_on_request(tied: bool) -> None:
     state = export_params(random_params(small), HF)
     if tied:
         state[HEAD] = state[EMBEDDING]
-    with pytest.raises(KeyMismatch, match=r"\(60, 128\).*\(64, 128\).*say how new ones start"):
+    with pytest.raises(KeyMismatch, match=r"\(60, 64\).*\(64, 64\).*say how new ones start"):
         import_params(state, large, HF)
     text = import_params(state, large, HF, new_tokens=NewTokens(17, ids=(58, 61)))["text"]
     tables = [(text["embed_tokens"], state[EMBEDDING])]
