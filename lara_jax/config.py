@@ -233,6 +233,11 @@ class DataConfig:
         _size("resize_px", self.resize_px)
         _size("frame_px", self.frame_px)
 
+    @property
+    def image_px(self) -> tuple[int, ...]:
+        """(height, width) of the frames that shapes follow; () leaves it to the data."""
+        return self.frame_px or self.resize_px
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:

@@ -56,7 +56,7 @@ def outlines(recipe: Recipe) -> tuple[Outline, ...]:
     Raises:
       ValueError: neither `data.frame_px` nor `data.resize_px` says how large a frame is.
     """
-    frame = recipe.data.frame_px or recipe.data.resize_px
+    frame = recipe.data.image_px
     if not frame:
         raise ValueError(
             "config.data.frame_px and config.data.resize_px are empty, so it is up to the data how "

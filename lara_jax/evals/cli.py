@@ -18,8 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from data_pipelines.sampling import parse_view
 from lara_jax.evals.report import format_table, save_gif
-from lara_jax.evals.rollout import Episode, FirstOfEach, Rollouts, rollout
-from lara_jax.evals.rollout_report import ALL, Thought, write_page
+from lara_jax.evals.rollout import ALL, Episode, FirstOfEach, Rollouts, rollout
+from lara_jax.evals.rollout_report import Thought, write_page
 from lara_jax.evals.suites import trials
 from lara_jax.evals.workers import LaneConfig, Lanes
 
@@ -122,8 +122,7 @@ def opened_policy(arguments: argparse.Namespace, ending: ExitStack) -> tuple[Any
         latent_slots=arguments.latent_slots,
         dataset=arguments.dataset,
     )
-    data = policy.recipe.data
-    return policy, data.frame_px or data.resize_px
+    return policy, policy.recipe.data.image_px
 
 
 def tabletop(
@@ -185,8 +184,6 @@ def frame_side(size: Sequence[int]) -> int:
 
 def summaries(suite: str, result: Rollouts, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """What `--json` prints: an object for each task and, if there are several, one for all."""
-    parts = result.by_task()
-    parts |= {ALL: result} if len(parts) > 1 else {}
     return [
         {
             "suite": suite,
@@ -202,7 +199,7 @@ def summaries(suite: str, result: Rollouts, facts: dict[str, Any]) -> list[dict[
             "seconds": part.seconds,
             **facts,
         }
-        for task, part in parts.items()
+        for task, part in result.by_task_and_all().items()
     ]
 
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from data_pipelines.sampling import StepSource, action_chunks
 from lara_jax.checkpoint import load_average, load_info, load_params
-from lara_jax.data import open_mixture, statistics_from_dict
+from lara_jax.data import open_mixture
 from lara_jax.evals.offline import ACTION_DIM, GRIPPER, ActionError, compare
 from lara_jax.evals.report import format_table
-from lara_jax.evals.rollout import ChunkPolicy
+from lara_jax.evals.rollout import ALL, ChunkPolicy
 from lara_jax.inference.policy import Policy
 from lara_jax.train_step import acting_params
 
@@ -29,7 +29,7 @@ ENCODING = "EEF_POS"
 SAMPLES, ROWS = 500, 10
 # What a policy is told at the start of an episode, where nothing was executed before.
 NO_MOTION_OPEN = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)
-ALL, OTHER = "all", "other"
+OTHER = "other"
 MOST_PHASES = 12
 BEFORE, HOLDING, AFTER = "before the grasp", "holding", "after"
 
@@ -186,7 +186,6 @@ def run(arguments: argparse.Namespace) -> int:
     sources = {source.name: source for source in open_mixture(info.recipe, split).sources}
     if arguments.dataset is not None and arguments.dataset not in sources:
         raise ValueError(f"unknown dataset {arguments.dataset!r}, allowed: {', '.join(sources)}")
-    statistics = statistics_from_dict(info.statistics)
     lines: list[dict[str, Any]] = []
     for name in [arguments.dataset] if arguments.dataset else sources:
         policy = Policy(info, params, latent_slots=arguments.latent_slots, dataset=name)
@@ -194,7 +193,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = {"dataset": name, "split": split, "latent_slots": policy.latent_slots}
         lines += [
             {"suite": arguments.suite, **facts, **line}
-            for line in found.lines(np.array(statistics[name].action.mean))
+            for line in found.lines(np.array(policy.statistics.action.mean))
         ]
     if arguments.json:
         for line in lines:

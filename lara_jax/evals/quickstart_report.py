@@ -19,10 +19,10 @@ import numpy as np
 from data_pipelines.sampling import StepSource
 from lara_jax import checkpoint
 from lara_jax.data import open_mixture, statistics_from_dict
-from lara_jax.evals.demonstrations import ALL, demonstrated
+from lara_jax.evals.demonstrations import demonstrated
 from lara_jax.evals.offline import ActionError
 from lara_jax.evals.report import format_table, loss_table, plot_losses, read_curves
-from lara_jax.evals.rollout import ChunkPolicy
+from lara_jax.evals.rollout import ALL, ChunkPolicy
 from lara_jax.inference.policy import Policy
 
 SAMPLES = 200

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lara_jax.evals.suites import Trial
 from lara_jax.evals.workers import Act, Begin, Lanes, Report
 
+ALL = "all"
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -100,6 +101,11 @@ class Rollouts:
             task: replace(self, episodes=tuple(e for e in self.episodes if e.trial.task == task))
             for task in tasks
         }
+
+    def by_task_and_all(self) -> dict[str, "Rollouts"]:
+        """`by_task`, and where there are several tasks one more entry, "all", last."""
+        tasks = self.by_task()
+        return {**tasks, ALL: self} if len(tasks) > 1 else tasks
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -17,8 +17,6 @@ from pathlib import Path
 from data_pipelines.inspect_figures import frame, save_page, table
 from lara_jax.evals.rollout import Episode, Rollouts
 
-ALL = "all"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Thought:
@@ -63,10 +61,8 @@ def write_page(
 
 def success_table(result: Rollouts) -> str:
     """A line per task, and one for all of them where there are several."""
-    parts = result.by_task()
-    parts |= {ALL: result} if len(parts) > 1 else {}
     rows = []
-    for task, part in parts.items():
+    for task, part in result.by_task_and_all().items():
         low, high = part.interval
         rate = f"{100 * part.success_rate:.0f} %"
         interval = f"{100 * low:.0f} to {100 * high:.0f} %"

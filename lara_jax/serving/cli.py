@@ -82,7 +82,7 @@ def contract_of(
       ValueError: the recipe does not say how large frames are, or says it otherwise.
     """
     data = policy.recipe.data
-    size = image_px or data.frame_px or data.resize_px
+    size = image_px or data.image_px
     if not size:
         raise ValueError("the recipe leaves the size of frames to the data; give --image-size")
     if len(size) > 2:

@@ -22,7 +22,7 @@ A map with the payload's keys and no envelope is taken as the payload.
 A view is also known by its own name ("observation/<view>"); None stands for an absent camera. Keys
 that are not listed here (sampling options of other servers) are not read.
 
-Sources: openpi at 15a9616, LaRA-VLA at 86a226d and 730926e, starVLA at 0ed0aad.
+Sources: openpi at 15a9616, LaRA-VLA at 93b5c03, starVLA at 0ed0aad.
 """
 
 from collections.abc import Mapping

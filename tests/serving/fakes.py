@@ -128,25 +128,20 @@ def running(
     policy = policy or FakePolicy()
     served, tls = config.pop("contract", contract()), config.pop("tls", None)
     server = PolicyServer(policy, served, ServerConfig(**config), token=token, tls=tls)
-    ready, failures = threading.Event(), []
+    ready, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
     with listener("127.0.0.1", port) as bound:
-        loop, stop = asyncio.new_event_loop(), asyncio.Event()
-
-        def serve() -> None:
-            try:
-                loop.run_until_complete(server.run(bound, stop, ready=ready.set))
-            except BaseException as error:  # told by the thread that started this one
-                failures.append(error)
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=serve, daemon=True)
+        serving = loop.create_task(server.run(bound, stop, ready=ready.set))
+        serving.add_done_callback(lambda _: ready.set())
+        thread = threading.Thread(
+            target=loop.run_until_complete, args=(asyncio.wait({serving}),), daemon=True
+        )
         thread.start()
-        assert ready.wait(10) and not failures, failures
+        assert ready.wait(10)
         try:
             yield Running(bound.getsockname()[1], server, policy)
         finally:
             loop.call_soon_threadsafe(stop.set)
             thread.join(20)
-            assert not thread.is_alive() and not failures, failures
+            assert not thread.is_alive()
+            serving.result()  # raises what has ended the server
             loop.close()
