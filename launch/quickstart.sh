@@ -15,6 +15,7 @@ bash launch/make_env.sh .venv
 # shellcheck disable=SC1091  # written by python -m venv
 source .venv/bin/activate
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # huge pages: a step takes less time (docs/performance.md)
 
 if [ ! -f "$version/dataset_info.json" ]; then
   lara data make-tabletop --episodes 200 --workers 2 --out "$out/data"
