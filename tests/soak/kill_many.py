@@ -57,6 +57,7 @@ class Run:
         self.root = self.workdir / "checkpoints"
         folder.mkdir()
         self._stderr = folder / "stderr.txt"
+        self._lines_before = 0
         self._command = [
             sys.executable,
             *("-c", CHILD, model, str(self.ids), str(seconds)),
@@ -71,6 +72,7 @@ class Run:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Starts or goes on; standard error is kept."""
+        self._lines_before = len(self._lines())
         with self._stderr.open("ab") as stderr:
             return subprocess.Popen(self._command, cwd=REPOSITORY, stderr=stderr)
 
@@ -82,14 +84,16 @@ class Run:
         """Checkpoints that are being written, or were cut off."""
         return set(files.cut_off(self.root))
 
+    def _lines(self) -> list[str]:
+        return self.ids.read_text().splitlines() if self.ids.is_file() else []
+
     def batches(self) -> dict[int, str]:
         """Sample ids by step; of a step that was done again, the last time."""
-        lines = self.ids.read_text().splitlines() if self.ids.is_file() else []
-        return {int(step): ids for step, _, ids in (line.partition(": ") for line in lines)}
+        return _by_step(self._lines())
 
     def taken(self) -> int:
-        """The step of the newest batch that a process has taken."""
-        return max(self.batches(), default=0)
+        """The step of the newest batch that the present process has taken; 0 for none."""
+        return max(_by_step(self._lines()[self._lines_before :]), default=0)
 
     def newest(self) -> int:
         """The newest checkpoint."""
@@ -106,6 +110,10 @@ class Run:
         folder = files.find(self.workdir)
         items = [ocp.PyTreeCheckpointer().restore(folder / item) for item in ("params", "training")]
         return [np.asarray(leaf) for leaf in jax.tree.leaves(items)]
+
+
+def _by_step(lines: list[str]) -> dict[int, str]:
+    return {int(step): ids for step, _, ids in (line.partition(": ") for line in lines)}
 
 
 def wait_for_save(run: Run, process: subprocess.Popen[bytes], number: int, steps: int) -> None:
