@@ -1,6 +1,7 @@
 """Whether the curriculum helps: three stages against the last one alone, on the built-in data.
 
     python benchmarks/curriculum.py --json [--seeds 3] [--steps 1500] [--folder DIR] [--together 2]
+        [--config.optimizer.base_rate=2e-3 ...]
 
 Both ways take the same number of steps of the debug recipe, with the same batches, learning rates
 and seeds; what differs is what the steps before the last stage teach. In the end both are asked for
@@ -24,6 +25,15 @@ from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WAYS = {"three_stages": "explicit,latent_3,action", "action_alone": "action"}
+# What the benchmark itself gives each run.
+OWN_SETTINGS = (
+    "data.path",
+    "seed",
+    "train.steps",
+    "train.stages",
+    "eval.every_steps",
+    "eval.batches",
+)
 # metric of eval.csv -> name here, and its value there -> value here
 METRICS = {
     "position_m": ("position_mm", lambda x: 1e3 * x),
@@ -69,9 +79,9 @@ def train_all(commands: Sequence[Sequence[str]], together: int) -> None:
 
 
 def run(
-    folder: Path, seeds: int, steps: int, episodes: int, together: int
+    folder: Path, seeds: int, steps: int, episodes: int, together: int, changes: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Trains all, and gives each error by seed."""
+    """Trains all with these changes to the recipe, and gives each error by seed."""
     data = folder / "data" / "lara_tabletop" / "1.0.0"
     if not (data / "dataset_info.json").is_file():
         out = str(folder / "data")
@@ -79,16 +89,10 @@ def run(
     runs = {(seed, way): folder / f"{way}_{steps}_{seed}" for seed in range(seeds) for way in WAYS}
     commands = []
     for (seed, way), workdir in runs.items():
-        settings = {
-            "data.path": data,
-            "seed": seed,
-            "train.steps": steps,
-            "train.stages": WAYS[way],
-            "eval.every_steps": steps,
-            "eval.batches": 16,
-        }
-        overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-        commands.append(["--config", "configs/debug.py", "--workdir", str(workdir), *overrides])
+        values = (data, seed, steps, WAYS[way], steps, 16)
+        settings = dict(zip(OWN_SETTINGS, values, strict=True))
+        own = [f"--config.{key}={value}" for key, value in settings.items()]
+        commands.append(["--config", "configs/debug.py", "--workdir", str(workdir), *changes, *own])
     train_all(commands, together)
     results: dict[str, list[float]] = {}
     for (_, way), workdir in runs.items():
@@ -110,7 +114,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=1000, help="of the built-in data")
     parser.add_argument("--together", type=int, default=1, help="runs at a time, sharing the cores")
     parser.add_argument("--folder", type=Path, help="keeps data and runs; a temporary one else")
-    arguments = parser.parse_args(argv)
+    arguments, changes = parser.parse_known_args(argv)
+    wrong = [
+        change
+        for change in changes
+        if not change.startswith("--config.")
+        or change.removeprefix("--config.").split("=")[0] in OWN_SETTINGS
+    ]
+    if wrong:
+        parser.error(
+            f"{' '.join(wrong)}: allowed besides the options are --config.KEY=VALUE of keys other "
+            f"than {', '.join(OWN_SETTINGS)}"
+        )
     with tempfile.TemporaryDirectory(prefix="lara_benchmark_") as temporary:
         folder = arguments.folder or Path(temporary)
         results = run(
@@ -119,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.steps,
             arguments.episodes,
             arguments.together,
+            changes,
         )
     for name, values in results.items():
         line = {"name": name, "value": statistics.median(values), "seeds": values}

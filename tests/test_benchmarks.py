@@ -130,9 +130,10 @@ def test_curriculum_compares_by_seed(
             (workdir / "eval.csv").write_text(table)
 
     monkeypatch.setattr(curriculum, "lara", lara)
-    assert (
-        curriculum.main(["--json", "--seeds", "3", "--steps", "10", "--folder", str(tmp_path)]) == 0
-    )
+    change = "--config.data.batch_size=16"
+    words = ["--json", "--seeds", "3", "--steps", "10", "--folder", str(tmp_path)]
+    assert curriculum.main([*words, change]) == 0
+    assert all(change in command for command in commands[1:])
     assert [command[0] for command in commands] == ["data"] + ["train"] * 6
     lines = {
         line.pop("name"): line for line in map(json.loads, capsys.readouterr().out.splitlines())
@@ -143,3 +144,7 @@ def test_curriculum_compares_by_seed(
     assert lines[f"{ratio}_position_mm"]["seeds"] == [0.5, 0.5, 0.5]
     assert lines[f"{ratio}_flow_loss"]["value"] == 0.5
     assert lines[f"{ratio}_rotation_mrad"]["value"] == 1
+    for wrong in ("--config.train.steps=5", "--batch=4"):
+        with pytest.raises(SystemExit):
+            curriculum.main([*words, wrong])
+        assert f"{wrong}: allowed" in capsys.readouterr().err
